@@ -1,0 +1,80 @@
+"""Arithmetic classes: which roundings a correct implementation may make, and where.
+
+A class is a claim. Judged as ``bf16``, an implementation may round the operands of its matrix products to bfloat16;
+judged as ``fp32``, the same rounding is a bug. The unit roundoff ``u`` of a format with ``p`` significand bits is
+``2^-p``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SIGNIFICAND_BITS = {"bf16": 8, "fp16": 11, "tf32": 11, "fp32": 24, "fp64": 53}
+DTYPE_OF_FORMAT = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+U32 = 2.0**-24
+U64 = 2.0**-53
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """Where the members of the budget's ensemble round, and to what format.
+
+    Attributes
+    ----------
+    name
+        The class as claims name it.
+    storage
+        Format of intermediate tensors: normalised q and k, the inverse, W, U, pseudo-values.
+    operand
+        Format that matrix products round their operands to; ``None`` means they take them as stored.
+    score_operand
+        Format of the operands of the score matrices; ``None`` means as stored.
+    state
+        Format of the state carried between chunks.
+    truncates
+        Whether operands are truncated rather than rounded, as tensor cores may do with tf32.
+    """
+
+    name: str
+    storage: str
+    operand: str | None
+    score_operand: str | None
+    state: str = "fp32"
+    truncates: bool = False
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Return the dtype of q, k and v that a bare claim of this class is run with."""
+        return DTYPE_OF_FORMAT[self.name.removesuffix("-state16")]
+
+
+CLASSES = {
+    arithmetic.name: arithmetic
+    for arithmetic in (
+        Arithmetic(name="fp64", storage="fp32", operand=None, score_operand=None),
+        Arithmetic(name="fp32", storage="fp32", operand=None, score_operand=None),
+        Arithmetic(name="tf32", storage="fp32", operand="tf32", score_operand="tf32", truncates=True),
+        Arithmetic(name="bf16", storage="bf16", operand=None, score_operand="tf32"),
+        Arithmetic(name="fp16", storage="fp16", operand=None, score_operand="tf32"),
+        Arithmetic(name="bf16-state16", storage="bf16", operand=None, score_operand="bf16", state="bf16"),
+        Arithmetic(name="fp16-state16", storage="fp16", operand=None, score_operand="fp16", state="fp16"),
+    )
+}
+"""Every class a claim may name. The members of ``fp64`` are those of ``fp32``: its budget is theirs times ``2^-29``,
+since a first-order rounding error is linear in the unit roundoff."""
+
+DEFAULT_CLASS = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+"""The class an implementation is judged by when it claims none for an input dtype."""

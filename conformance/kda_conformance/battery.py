@@ -1,0 +1,101 @@
+"""The fixed cases: small calls, each chosen because some bug shows on it and hides elsewhere.
+
+``QUICK`` runs at every effort, ``STANDARD`` from the middle one up. What a regime exposes is said in ``regimes.py``; lengths sit around
+the residues of chunks of 16, 32 and 64, widths include odd ones, and K differs from V wherever a transposition could hide.
+"""
+
+from __future__ import annotations
+
+from kda_conformance.cases import Case
+
+EFFORTS = ("quick", "standard", "exhaustive")
+FLOAT16_OVERFLOWS = ("big",)
+
+QUICK = tuple(
+    Case.parse(text)
+    for text in (
+        "T=70 K=32 V=16 seed=1",
+        "T=130 H=1 G=2 K=32 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 gate_dtype=input seed=2",
+        "T=100 K=16 V=32 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 beta_max=2 v_first=1 seed=3",
+        "T=37,64,0,1,65 H=1 G=2 K=16 V=24 seed=4",
+        "T=129 gate=zero keys=near strengths=near_one seed=5",
+        "T=80 gate=tiny keys=near strengths=near_one beta_max=2 seed=6",
+        "T=96 K=24 V=16 gate=cliffs seed=7",
+        "T=75 K=16 V=20 gate=hundreds state=0 seed=8",
+        "T=90 K=20 V=12 gate=spikes values=sparse state=0 seed=9",
+        "T=66 K=32 V=16 l2norm=1 keys=small gate=mixed seed=10",
+        "T=50 K=16 V=16 l2norm=1 keys=zero_rows seed=11",
+        "T=48 K=17 V=33 gate=one_channel cotangent=state scale=0.5 seed=12",
+        "B=2 T=33 H=2 G=4 K=16 V=24 gate=holes cotangent=o seed=13",
+        "T=1 H=2 G=2 K=16 V=8 seed=14",
+        "T=200 K=16 V=16 gate=constant strengths=one keys=positive seed=15",
+        "T=64 K=32 V=16 gate=bound values=big seed=16",
+    )
+)
+
+STANDARD = tuple(
+    Case.parse(text)
+    for text in (
+        *(f"T={t} K=16 V=24 gate={gate} seed={t}" for t, gate in zip(
+            (2, 3, 15, 16, 17, 31, 32, 47, 49, 63, 65, 127, 128),
+            ("moderate", "uniform", "alternating", "mixed", "holes", "bound", "layer", "zero", "spikes", "cliffs", "uniform", "mixed", "moderate"),
+            strict=True,
+        )),
+        "T=0 H=1 G=2 K=16 V=8 seed=20",
+        "T=0,0 H=1 G=1 K=16 V=8 seed=21",
+        "T=1,1,1,2,64,1,63 H=1 G=1 K=16 V=16 gate=uniform seed=22",
+        "T=16,15,17,64,0,33 H=2 G=4 K=16 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=23",
+        "T=150 K=64 V=64 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=24",
+        "T=150 K=60 V=100 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 seed=25",
+        "T=70 gate=uniform gate_form=bounded slope=0 l2norm=1 sigmoid=1 seed=26",
+        "T=140 K=128 V=128 seed=27",
+        "T=192 gate=zero keys=same strengths=one beta_max=2 values=alternating K=16 V=16 seed=28",
+        "T=128 gate=zero keys=same strengths=one K=16 V=16 seed=29",
+        "T=130 gate=tiny keys=orthogonal strengths=one K=32 V=16 seed=30",
+        "T=130 gate=alternating keys=positive seed=31",
+        "T=96 gate=hundreds gate_form=softplus l2norm=1 sigmoid=1 beta_max=2 seed=32",
+        "T=300 K=16 V=16 gate=slow strengths=tiny seed=33",
+        "T=64 values=tiny seed=34",
+        "T=80 strengths=zero gate=mixed seed=35",
+        "B=3 T=40 H=1 G=3 K=16 V=16 gate=moderate v_first=1 gate_dtype=input seed=36",
+        "T=100 gate=spikes gate_form=softplus keys=near strengths=near_one l2norm=1 seed=37",
+        "T=64 H=2 G=2 K=8 V=48 gate=cliffs cotangent=o seed=38",
+        "T=257 K=32 V=32 gate=layer seed=39",
+    )
+)  # fmt: skip
+
+LONG = tuple(
+    Case.parse(text)
+    for text in (
+        "T=2048 K=16 V=16 gate=slow strengths=tiny seed=40",
+        "T=1024 K=32 V=32 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=41",
+        "T=512 K=16 V=16 gate=zero keys=same strengths=one seed=42",
+        "T=640 K=32 V=32 gate=uniform values=sparse state=0 seed=43",
+    )
+)
+
+RELATIONS = tuple(
+    Case.parse(text)
+    for text in (
+        "T=85 H=2 G=2 K=16 V=24 seed=50",
+        "T=70 H=1 G=2 K=32 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=51",
+        "T=66 K=16 V=16 gate=spikes keys=near strengths=near_one seed=52",
+        "T=40 B=2 K=17 V=20 gate=hundreds seed=53",
+    )
+)
+"""Calls on which the relations between two calls are checked."""
+
+
+def cases_at(effort: str) -> tuple[Case, ...]:
+    """Return the cases judged against the reference at an effort."""
+    return {"quick": QUICK, "standard": QUICK + STANDARD, "exhaustive": QUICK + STANDARD + LONG}[effort]
+
+
+def relation_cases_at(effort: str) -> tuple[Case, ...]:
+    """Return the calls that relations are checked on at an effort."""
+    return RELATIONS[:2] if effort == "quick" else RELATIONS
+
+
+def fits(case: Case, dtype: str) -> bool:
+    """Tell whether the case's values are finite in ``dtype``."""
+    return dtype != "float16" or case.values not in FLOAT16_OVERFLOWS

@@ -1,0 +1,139 @@
+"""The error budget of one call: how far a correct computation in a declared arithmetic may be from the truth.
+
+For every element of every output and gradient the budget holds the certified float64 value and a variance
+
+    s^2 = pool(mean e_r^2)  over 16 chunkwise members      + pool(mean e_r^2)  over 6 noisy float32 recurrences
+        + e_coherent^2      one exact run with shifted gate + (0.4 u32 sqrt(n/2))^2 times the squares of the last dot product
+        + (certified bound + smallest normal)^2             + e_truncated^2   for classes whose operands are truncated
+        + the noise of a chunkwise reverse cumulative sum   for the gradient of the gate
+
+Derivations, measured false alarms and separations: ``docs/numerics.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from kda_reference import certified_kda, certified_kda_vjp
+from torch.nn.functional import avg_pool1d
+
+from kda_conformance.arithmetic import U32, U64, Arithmetic
+from kda_conformance.cumulative_sum import cumulative_sum_variance
+from kda_conformance.members import FIRST_SEED, Members
+from kda_conformance.rounding import ACCUMULATION, Rounder
+
+if TYPE_CHECKING:
+    from kda_reference import KdaInputs
+    from torch import Tensor
+
+MEMBERS_BY_CHUNK = {16: 6, 32: 5, 64: 5}
+NUM_CHUNKWISE = sum(MEMBERS_BY_CHUNK.values())
+TRUNCATED_CHUNK = 64
+SMOOTHING_WIDTH = 17
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
+INPUT_DTYPE_TENSORS = ("o", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorBudget:
+    """What one tensor may be.
+
+    Attributes
+    ----------
+    value
+        Certified float64 value.
+    variance
+        ``s^2`` per element.
+    gain_rms
+        Root mean square, over the members, of the relative error along ``w = value / s^2``.
+    strict_variance
+        ``variance`` without the allowance for a cumulative sum, which only ``dg`` and its reductions have.
+    """
+
+    value: Tensor
+    variance: Tensor
+    gain_rms: float
+    strict_variance: Tensor
+
+
+Budget = dict[str, TensorBudget]
+
+
+def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None, arithmetic: Arithmetic) -> Budget:
+    """Compute the budget of ``(o, final_state)`` and, given a cotangent, of every gradient.
+
+    Parameters
+    ----------
+    inputs
+        The call, exactly as the implementation under test receives it.
+    do, dfinal_state
+        Cotangents of the outputs; both ``None`` means outputs only.
+    arithmetic
+        The declared arithmetic class.
+    """
+    inputs = inputs.replace(output_final_state=True)
+    members = Members(inputs, do, dfinal_state)
+    certified = certified_kda_vjp(inputs, do, dfinal_state) if members.backward else certified_kda(inputs)
+    device = inputs.q.device
+    chunkwise = [
+        members.chunkwise(Rounder(FIRST_SEED + 16 * chunk, count, device), arithmetic, chunk)
+        for chunk, count in MEMBERS_BY_CHUNK.items()
+    ]
+    recurrences = members.recurrences()
+    extra = cumulative_sum_variance(members) if members.backward else {}
+    truncated = None
+    if arithmetic.truncates:
+        truncated = members.chunkwise(Rounder(0, 1, device, truncates=True), arithmetic, TRUNCATED_CHUNK)
+    unit = U64 / U32 if arithmetic.name == "fp64" else 1.0
+    kappa = ACCUMULATION * U32 * (inputs.k.shape[-1] / 2) ** 0.5
+    budget: Budget = {}
+    for name, value in certified.value.items():
+        if name not in recurrences:
+            continue
+        errors = torch.cat([group[name] - value for group in chunkwise])
+        noisy = recurrences[name][:-1] - value
+        systematic = [recurrences[name][-1] - value]
+        if truncated is not None:
+            systematic.append(truncated[name][0] - value)
+        spread = _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + sum(error**2 for error in systematic)
+        spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)
+        dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
+        strict = (spread + (certified.bound[name] + SMALLEST[dtype]) ** 2).clamp(min=SMALLEST[torch.float64])
+        entry = TensorBudget(value=value, variance=strict, gain_rms=0.0, strict_variance=strict)
+        if name in extra:
+            entry = replace(entry, variance=strict + unit**2 * extra[name])
+        gain = _gain_rms(entry, certified.bound[name], torch.cat([errors, noisy]), systematic, unit)
+        budget[name] = replace(entry, gain_rms=gain)
+    return budget
+
+
+def _pool(name: str, x: Tensor) -> Tensor:
+    """Shrink a mean square of few samples half way to a smooth model, so that no element is trusted by luck.
+
+    The model is rank one over (tokens, channels) of each head; ``dbeta`` has no channels and is smoothed along tokens.
+    """
+    if x.numel() == 0 or name == "dA_log":
+        return x
+    if name == "dbeta":
+        smooth = avg_pool1d(x.transpose(1, 2), SMOOTHING_WIDTH, 1, SMOOTHING_WIDTH // 2, count_include_pad=False)
+        return 0.5 * (x + smooth.transpose(1, 2))
+    if name == "ddt_bias":
+        return 0.5 * (x + x.mean())
+    axes = (2, 3) if name in ("final_state", "dinitial_state") else (1, 3)
+    row, column = x.mean(axes[1], keepdim=True), x.mean(axes[0], keepdim=True)
+    mean = x.mean(axes, keepdim=True).clamp(min=SMALLEST[torch.float64])
+    return 0.5 * (x + row / mean.sqrt() * (column / mean.sqrt()))
+
+
+def _gain_rms(entry: TensorBudget, bound: Tensor, members: Tensor, systematic: list[Tensor], unit: float) -> float:
+    direction = entry.value / entry.variance
+    length = float((entry.value * direction).sum())
+    if length == 0:
+        return 0.0
+    random = [float((error * direction).sum()) / length for error in members]
+    fixed = [float((error * direction).sum()) / length for error in systematic]
+    square = unit**2 * (sum(gain**2 for gain in random) / NUM_CHUNKWISE + sum(gain**2 for gain in fixed))
+    reference = float((bound * direction.abs()).sum()) / length
+    return float(square**0.5 + reference)

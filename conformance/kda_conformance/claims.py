@@ -1,0 +1,149 @@
+"""What an implementation promises. Fewer claims skip laws; a false claim fails them."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kda_conformance.arithmetic import CLASSES, DEFAULT_CLASS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class UsageError(Exception):
+    """The command line, a claims file or a deviations file is wrong; nothing was judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """The part of the contract an implementation claims.
+
+    Attributes
+    ----------
+    precision
+        Arithmetic class by input dtype name, ``{"bfloat16": "bf16"}``; its keys are the dtypes the suite runs.
+    devices
+        Device types the implementation runs on.
+    backward
+        Gradients of every differentiable input.
+    initial_state, packed, grouped_values, scale, state_v_first
+        Support of the arguments of these names (``packed``: ``cu_seqlens``).
+    l2norm_in_kernel, gate_in_kernel, bounded_gate, beta_sigmoid_in_kernel
+        Support of the in-kernel activations.
+    empty
+        Support of T = 0 and of empty packed sequences.
+    deterministic
+        The same call gives the same bits.
+    prefix_causal
+        Outputs of a prefix do not change by one bit when later tokens change.
+    checks_arguments
+        Arguments that contradict the contract are refused with an exception.
+    head_widths
+        The K and V it accepts; ``None`` means any.
+    max_k_width
+        Largest K it accepts; ``None`` means any.
+    """
+
+    precision: Mapping[str, str] = field(
+        default_factory=lambda: {DTYPE_NAMES[d]: DEFAULT_CLASS[d] for d in (torch.float32, torch.bfloat16, torch.float16)}
+    )
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    backward: bool = True
+    initial_state: bool = True
+    packed: bool = True
+    grouped_values: bool = True
+    scale: bool = True
+    state_v_first: bool = True
+    l2norm_in_kernel: bool = True
+    gate_in_kernel: bool = True
+    bounded_gate: bool = True
+    beta_sigmoid_in_kernel: bool = True
+    empty: bool = True
+    deterministic: bool = True
+    prefix_causal: bool = True
+    checks_arguments: bool = True
+    head_widths: frozenset[int] | None = None
+    max_k_width: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the claims as plain JSON values."""
+        plain: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            plain[item.name] = sorted(value) if isinstance(value, frozenset) else dict(value) if item.name == "precision" else value
+        return plain
+
+
+FLAGS = tuple(item.name for item in fields(Claims) if item.type == "bool")
+
+
+def narrow(claims: Claims, changes: Mapping[str, Any], source: str) -> Claims:
+    """Return ``claims`` with the given fields replaced.
+
+    Parameters
+    ----------
+    changes
+        Field names and plain values, as a TOML file or the attributes of a callable give them. ``precision`` is either one class name, which
+        also decides the only input dtype to run, or a table from input dtype to class.
+    source
+        Where the changes come from, for messages.
+
+    Raises
+    ------
+    UsageError
+        If a name is no claim, a class or dtype is unknown, or a value has the wrong type.
+    """
+    known = {item.name for item in fields(Claims)}
+    plain = dict(changes)
+    if not_claims := sorted(set(plain) - known):
+        message = f"{source} must name claims, got {not_claims}; known claims are {sorted(known)}"
+        raise UsageError(message)
+    if "precision" in plain:
+        plain["precision"] = _precision(plain["precision"], source)
+    for name, value in plain.items():
+        if name in FLAGS and not isinstance(value, bool):
+            message = f"{source}: {name} must be true or false, got {value!r}; fix the claim"
+            raise UsageError(message)
+    for name in ("devices", "head_widths"):
+        if plain.get(name) is not None:
+            plain[name] = frozenset(plain[name])
+    return replace(claims, **plain)
+
+
+def read_claims(path: Path) -> dict[str, Any]:
+    """Read a claims file: TOML whose keys are fields of :class:`Claims`.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        message = f"claims file {path} must be readable TOML, got {error}; fix the file or the option"
+        raise UsageError(message) from error
+
+
+def _precision(value: object, source: str) -> dict[str, str]:
+    if isinstance(value, str):
+        if value not in CLASSES:
+            message = f"{source}: precision must be one of {sorted(CLASSES)}, got {value!r}; name the arithmetic class"
+            raise UsageError(message)
+        return {DTYPE_NAMES[CLASSES[value].input_dtype]: value}
+    if not isinstance(value, dict) or not value:
+        message = f"{source}: precision must be a class name or a table dtype = class, got {value!r}; see docs/adopting.md"
+        raise UsageError(message)
+    for dtype, name in value.items():
+        if dtype not in DTYPES or name not in CLASSES:
+            message = f"{source}: precision must map {sorted(DTYPES)} to {sorted(CLASSES)}, got {dtype} = {name!r}; fix the entry"
+            raise UsageError(message)
+    return dict(value)

@@ -1,0 +1,112 @@
+"""What the suite judges: an object with ``forward`` and ``vjp``, or a bare function with the public signature."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from kda_reference import KdaGradients, KdaInputs, KdaResult
+
+from kda_conformance.claims import Claims, narrow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+CLAIM_OF_PARAMETER = {
+    "cu_seqlens": "packed",
+    "initial_state": "initial_state",
+    "scale": "scale",
+    "state_v_first": "state_v_first",
+    "use_qk_l2norm_in_kernel": "l2norm_in_kernel",
+    "use_gate_in_kernel": "gate_in_kernel",
+    "lower_bound": "bounded_gate",
+    "use_beta_sigmoid_in_kernel": "beta_sigmoid_in_kernel",
+}
+ALWAYS_PASSED = ("q", "k", "v", "g", "beta", "output_final_state")
+
+
+@runtime_checkable
+class Implementation(Protocol):
+    """Anything that evaluates the operator.
+
+    Attributes
+    ----------
+    name, version
+        How reports call it.
+    claims
+        What it promises.
+    """
+
+    name: str
+    version: str
+    claims: Claims
+
+    def forward(self, inputs: KdaInputs) -> KdaResult:
+        """Evaluate the call, with no gradient wanted."""
+        ...
+
+    def vjp(self, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[KdaResult, KdaGradients]:
+        """Evaluate the call and the gradients of ``<do, o> + <dfinal_state, final_state>``."""
+        ...
+
+
+class FunctionImplementation:
+    """A function with the signature of ``fla.ops.kda.chunk_kda``, differentiated by autograd.
+
+    Claims start at the whole contract, lose what the signature cannot receive, and are then narrowed by attributes of the function
+    named like claims (``function.precision = "bf16"``).
+
+    Parameters
+    ----------
+    function
+        Called with q, k, v, g and beta by position, and other arguments by keyword where they differ from the contract's default.
+    name, version
+        How reports call it.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, version: str = "unknown") -> None:
+        self.function, self.name, self.version = function, name, version
+        signature = inspect.signature(function)
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+        lost = {} if takes_any else {claim: False for name, claim in CLAIM_OF_PARAMETER.items() if name not in signature.parameters}
+        claims = narrow(Claims(), lost, name)
+        attributes = {item.name: getattr(function, item.name) for item in fields(Claims) if hasattr(function, item.name)}
+        self.claims = narrow(claims, attributes, name)
+
+    def forward(self, inputs: KdaInputs) -> KdaResult:
+        """Evaluate the call, with no gradient wanted."""
+        with torch.no_grad():
+            return self._call(inputs)
+
+    def vjp(self, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[KdaResult, KdaGradients]:
+        """Evaluate the call and its gradients by autograd; an input that the result does not depend on has gradient zero."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
+        result = self._call(inputs.replace(**leaves))
+        pairs = [(out, grad) for out, grad in ((result.o, do), (result.final_state, dfinal_state)) if out is not None and grad is not None]
+        pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
+        if pairs:
+            outputs, cotangents = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+        else:
+            found = (None,) * len(leaves)
+        gradients = {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+        }
+        final = None if result.final_state is None else result.final_state.detach()
+        return KdaResult(o=result.o.detach(), final_state=final), KdaGradients(**gradients)
+
+    def _call(self, inputs: KdaInputs) -> KdaResult:
+        defaults = {item.name: item.default for item in fields(KdaInputs)}
+        keywords = {
+            name: value
+            for name, value in inputs.keywords().items()
+            if name in ALWAYS_PASSED or not (value is defaults[name] or value == defaults[name])
+        }
+        positional = [keywords.pop(name) for name in ALWAYS_PASSED[:5]]
+        o, final_state = self.function(*positional, **keywords)
+        return KdaResult(o=o, final_state=final_state)

@@ -1,0 +1,91 @@
+"""Calls that contradict the contract and must be refused, and calls that look odd but are legal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kda_conformance.cases import Case
+from kda_conformance.claims import DTYPES
+from kda_conformance.subject import Call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kda_reference import KdaInputs
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One way to contradict the contract.
+
+    Attributes
+    ----------
+    name
+        What is wrong, in words.
+    case
+        The legal call it starts from.
+    apply
+        Turns the legal call into the wrong one.
+    needs
+        A claim without which the mistake cannot be made, or ``None``.
+    """
+
+    name: str
+    case: str
+    apply: Callable[[KdaInputs], KdaInputs]
+    needs: str | None = None
+
+    def __str__(self) -> str:
+        """Return what is wrong."""
+        return self.name
+
+    def call(self, dtype: str, device: str) -> tuple[Call, KdaInputs]:
+        """Return the call and its wrong arguments."""
+        call = Call(Case.parse(self.case), dtype)
+        return call, self.apply(call.case.inputs(DTYPES[dtype], device))
+
+
+PLAIN = "T=20 H=1 G=1 K=16 V=8"
+PACKED = "T=7,13 H=1 G=1 K=16 V=8"
+
+
+def _offsets(*values: int) -> Callable[[KdaInputs], KdaInputs]:
+    return lambda x: x.replace(cu_seqlens=torch.tensor(values, device=x.q.device))
+
+
+MISTAKES = (
+    Mistake("k shorter than q", PLAIN, lambda x: x.replace(k=x.k[:, :-1])),
+    Mistake("k narrower than q", PLAIN, lambda x: x.replace(k=x.k[..., :-1])),
+    Mistake("g of another width", PLAIN, lambda x: x.replace(g=x.g[..., :-1])),
+    Mistake("beta with a width axis", PLAIN, lambda x: x.replace(beta=x.beta[..., None].expand(*x.beta.shape, 8))),
+    Mistake("value heads no multiple of query heads", "T=20 H=2 G=2 K=16 V=8", lambda x: x.replace(
+        v=x.v.repeat(1, 1, 2, 1)[:, :, :3], g=x.g.repeat(1, 1, 2, 1)[:, :, :3], beta=x.beta.repeat(1, 1, 2)[:, :, :3], initial_state=None
+    )),
+    Mistake("state of the wrong shape", "T=20 H=1 G=1 K=16 V=8", lambda x: x.replace(initial_state=x.initial_state[..., :-1]), "initial_state"),  # type: ignore[index]
+    Mistake("state of a low dtype", PLAIN, lambda x: x.replace(initial_state=x.initial_state.bfloat16()), "initial_state"),  # type: ignore[union-attr]
+    Mistake("one state for two sequences", PACKED, lambda x: x.replace(initial_state=x.initial_state[:1]), "initial_state"),  # type: ignore[index]
+    Mistake("offsets that decrease", PACKED, _offsets(0, 13, 7, 20), "packed"),
+    Mistake("offsets that stop early", PACKED, _offsets(0, 7, 19), "packed"),
+    Mistake("offsets beyond the end", PACKED, _offsets(0, 7, 21), "packed"),
+    Mistake("offsets that start late", PACKED, _offsets(1, 7, 20), "packed"),
+    Mistake("packing with two batch rows", "B=2 T=20 H=1 G=1 K=16 V=8 state=0", _offsets(0, 7, 20), "packed"),
+    Mistake("a lower bound below -5", "T=20 K=16 V=8 gate_form=bounded", lambda x: x.replace(lower_bound=-6.0)),
+    Mistake("a lower bound of zero", "T=20 K=16 V=8 gate_form=bounded", lambda x: x.replace(lower_bound=0.0)),
+    Mistake("a softplus gate without A_log", "T=20 K=16 V=8 gate_form=softplus", lambda x: x.replace(A_log=None, dt_bias=None)),
+    Mistake("doubled beta without its sigmoid", PLAIN, lambda x: x.replace(allow_neg_eigval=True), "beta_sigmoid_in_kernel"),
+)  # fmt: skip
+
+
+def strided(inputs: KdaInputs) -> KdaInputs:
+    """Return the same values as every second column of wider tensors whose other columns are NaN."""
+    return inputs.replace(**{name: _with_gaps(tensor) for name, tensor in inputs.tensors().items()})
+
+
+def _with_gaps(tensor: Tensor) -> Tensor:
+    wide = torch.full((*tensor.shape, 2), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    wide[..., 0] = tensor
+    return wide[..., 0]

@@ -1,0 +1,233 @@
+"""Transformations of a call whose effect on the result is known exactly.
+
+Every transformation is exact in every dtype: it selects, permutes, negates, or scales by powers of two. So a difference between the
+two results is the implementation's rounding, or its bug.
+"""
+
+from __future__ import annotations
+
+import torch
+from kda_reference import KdaInputs
+from torch import Tensor
+
+from kda_conformance.cases import Case
+from kda_conformance.claims import DTYPES
+from kda_conformance.judge import unit_in_last_place
+from kda_conformance.regimes import Draw
+from kda_conformance.subject import Call
+
+PER_TOKEN = ("q", "k", "v", "g", "beta")
+PER_VALUE_HEAD = ("v", "g", "beta")
+
+
+def dtype_of(call: Call) -> torch.dtype:
+    """Return the torch dtype of the call."""
+    return DTYPES[call.dtype]
+
+
+def split_points(case: Case, count: int) -> list[int]:
+    """Return up to ``count`` places inside the call, chunk and strip boundaries and their neighbours first."""
+    length = case.num_tokens
+    wanted = [length - 1, 17, 64, 1, 16, 63, 33, 48, 65, 15, *range(2, length)]
+    inside = [at for at in dict.fromkeys(wanted) if 0 < at < length]
+    return inside[:count]
+
+
+def tokens(inputs: KdaInputs, span: slice) -> KdaInputs:
+    """Return the call on a span of tokens of every row."""
+    return inputs.replace(**{name: getattr(inputs, name)[:, span] for name in PER_TOKEN})
+
+
+def rows(inputs: KdaInputs, only: slice) -> KdaInputs:
+    """Return the call on some batch rows."""
+    state = inputs.initial_state
+    return inputs.replace(
+        **{name: getattr(inputs, name)[only] for name in PER_TOKEN},
+        initial_state=None if state is None else state[only],
+    )
+
+
+def sequence(inputs: KdaInputs, row: int, span: slice) -> KdaInputs:
+    """Return one packed sequence as a call of its own."""
+    state = inputs.initial_state
+    alone = tokens(inputs, span).replace(cu_seqlens=None)
+    return alone.replace(initial_state=None if state is None else state[row : row + 1])
+
+
+def disturb(inputs: KdaInputs, span: slice, state_rows: slice | None = None) -> KdaInputs:
+    """Change every token argument on a span, and the state of some sequences, within their domains."""
+    changed: dict[str, Tensor] = {}
+    for name in PER_TOKEN:
+        tensor = getattr(inputs, name).clone()
+        part = tensor[:, span]
+        if name == "g" and not inputs.use_gate_in_kernel:
+            tensor[:, span] = part * 0.5 - 3.0
+        elif name == "beta" and not inputs.use_beta_sigmoid_in_kernel:
+            tensor[:, span] = 1 - 0.5 * part
+        else:
+            tensor[:, span] = part.flip(-1) * -1.5
+        changed[name] = tensor
+    if state_rows is not None and inputs.initial_state is not None:
+        state = inputs.initial_state.clone()
+        state[state_rows] = state[state_rows] * -0.5 + 1
+        changed["initial_state"] = state
+    return inputs.replace(**changed)
+
+
+def disturb_head(inputs: KdaInputs, head: int) -> KdaInputs:
+    """Change v, g, beta and state of one value head."""
+    changed: dict[str, Tensor] = {}
+    other = disturb(inputs, slice(None), slice(None))
+    for name in (*PER_VALUE_HEAD, "initial_state"):
+        tensor = getattr(inputs, name)
+        if tensor is not None:
+            axis = 1 if name == "initial_state" else 2
+            changed[name] = tensor.clone()
+            changed[name].select(axis, head).copy_(getattr(other, name).select(axis, head))
+    return inputs.replace(**changed)
+
+
+def reverse_heads(inputs: KdaInputs) -> KdaInputs:
+    """Reverse the order of all heads, which keeps every value head with its query/key head."""
+    state, bias = inputs.initial_state, inputs.dt_bias
+    heads = inputs.v.shape[2]
+    return inputs.replace(
+        **{name: getattr(inputs, name).flip(2) for name in PER_TOKEN},
+        A_log=None if inputs.A_log is None else inputs.A_log.flip(0),
+        dt_bias=None if bias is None else bias.reshape(heads, -1).flip(0).flatten(),
+        initial_state=None if state is None else state.flip(1),
+    )
+
+
+def on_grid(inputs: KdaInputs) -> KdaInputs:
+    """Round v and the state to multiples of 1/8 below 2, so that a dyadic rotation of them is exact in every dtype."""
+    state = inputs.initial_state
+    return inputs.replace(v=_grid(inputs.v), initial_state=None if state is None else _grid(state))
+
+
+def _grid(x: Tensor) -> Tensor:
+    return ((x.double() * 8).round().clamp(-15, 15) / 8).to(x.dtype)
+
+
+def dyadic_rotation(width: int, seed: int) -> Tensor:
+    """Return an orthogonal matrix of entries 0, 1 and +-1/2: Householder reflections of four axes at a time, then a permutation."""
+    rotation = torch.eye(width, dtype=torch.float64)
+    for first in range(0, width - 3, 4):
+        rotation[first : first + 4, first : first + 4] -= 0.5
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+    return rotation[:, order]
+
+
+def apply_last(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Return ``x`` times ``matrix`` along one axis."""
+    return (x.movedim(axis, -1) @ matrix.to(x.dtype)).movedim(-1, axis)
+
+
+def rotate_values(inputs: KdaInputs, rotation: Tensor) -> KdaInputs:
+    """Rotate v and the value axis of the state."""
+    state = inputs.initial_state
+    axis = -2 if inputs.state_v_first else -1
+    turned = apply_last(inputs.v.double(), rotation, -1).to(inputs.v.dtype)
+    return inputs.replace(v=turned, initial_state=None if state is None else apply_last(state.double(), rotation, axis).to(state.dtype))
+
+
+def half_unit(x: Tensor) -> Tensor:
+    """Return half a unit in the last place of every element."""
+    return 0.5 * unit_in_last_place(x.double(), x.dtype)
+
+
+def signed_permutation(width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return an order and signs of the channels."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (width,), generator=generator) * 2 - 1
+    return torch.randperm(width, generator=generator), signs
+
+
+def permute_state(state: Tensor, order: Tensor, signs: Tensor, *, v_first: bool) -> Tensor:
+    """Apply a signed permutation to the channel axis of a state."""
+    if v_first:
+        return state[..., order] * signs[order].to(state.dtype)
+    return state[..., order, :] * signs[order].to(state.dtype)[:, None]
+
+
+def permute_channels(inputs: KdaInputs, order: Tensor, signs: Tensor) -> KdaInputs:
+    """Apply a signed permutation to the channels of q, k, the gate and the state."""
+    state, bias = inputs.initial_state, inputs.dt_bias
+    flips = signs[order].to(inputs.q.dtype)
+    heads = inputs.v.shape[2]
+    return inputs.replace(
+        q=inputs.q[..., order] * flips,
+        k=inputs.k[..., order] * flips,
+        g=inputs.g[..., order],
+        dt_bias=None if bias is None else bias.reshape(heads, -1)[:, order].flatten(),
+        initial_state=None if state is None else permute_state(state, order, signs, v_first=inputs.state_v_first),
+    )
+
+
+def negate_tokens(inputs: KdaInputs, seed: int) -> KdaInputs:
+    """Negate k and v of about half of the tokens; a key shared by several value heads takes their values with it."""
+    shape = (1, inputs.q.shape[1], 1, 1)
+    signs = (1 - 2 * (Draw(seed).uniform(shape) < 0.5).double()).to(inputs.k)  # noqa: PLR2004 - half of them
+    return inputs.replace(k=inputs.k * signs, v=inputs.v * signs)
+
+
+def scale_values(inputs: KdaInputs, factor: float) -> KdaInputs:
+    """Multiply v and the state by a power of two."""
+    state = inputs.initial_state
+    return inputs.replace(v=inputs.v * factor, initial_state=None if state is None else state * factor)
+
+
+def insert_identity_tokens(inputs: KdaInputs, seed: int) -> tuple[KdaInputs, Tensor]:
+    """Insert tokens of zero strength and zero decay, with keys and values of their own; return where the old tokens are."""
+    length = inputs.q.shape[1]
+    gaps = (Draw(seed).uniform((length,)) < 0.2).long()  # noqa: PLR2004 - one in five
+    kept = torch.arange(length) + torch.cat([gaps, gaps.new_zeros(1)])[:-1].cumsum(0)
+    total = length + int(gaps.sum())
+    source = torch.searchsorted(kept, torch.arange(total)).clamp(max=length - 1)
+    device = inputs.q.device
+    source, kept = source.to(device), kept.to(device)
+    stretched = {name: getattr(inputs, name)[:, source].clone() for name in PER_TOKEN}
+    added = torch.ones(total, dtype=torch.bool, device=device)
+    added[kept] = False
+    for name in ("g", "beta"):
+        stretched[name][:, added] = 0
+    return inputs.replace(**stretched), kept
+
+
+def pure_decay(inputs: KdaInputs) -> tuple[Tensor, Tensor]:
+    """Return outputs and final state of a call with beta = 0, in closed form: ``S_t = exp(G_t) S_0``, in float64."""
+    group = inputs.v.shape[2] // inputs.q.shape[2]
+    q_BTGK = _normalised(inputs, inputs.q).repeat_interleave(group, 2)
+    decay_BTGK = inputs.g.double().cumsum(1).exp()
+    state = _state(inputs)
+    o = inputs.effective_scale * torch.einsum("btgk,btgk,bgkv->btgv", q_BTGK, decay_BTGK, state)
+    final = decay_BTGK[:, -1, :, :, None] * state
+    return o, final.transpose(-1, -2) if inputs.state_v_first else final
+
+
+def delta_rule(inputs: KdaInputs) -> tuple[Tensor, Tensor]:
+    """Return outputs and final state of a call with g = 0, as a product of ``I - beta k k^T``, in float64."""
+    group = inputs.v.shape[2] // inputs.q.shape[2]
+    q, k = (_normalised(inputs, x).repeat_interleave(group, 2) for x in (inputs.q, inputs.k))
+    v, beta = inputs.v.double(), inputs.beta.double()
+    state = _state(inputs)
+    identity = torch.eye(k.shape[-1], dtype=torch.float64, device=k.device)
+    outputs = []
+    for t in range(k.shape[1]):
+        erase = identity - beta[:, t, :, None, None] * k[:, t, :, :, None] * k[:, t, :, None, :]
+        state = erase @ state + beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(inputs.effective_scale * torch.einsum("bgk,bgkv->bgv", q[:, t], state))
+    return torch.stack(outputs, 1), state.transpose(-1, -2) if inputs.state_v_first else state
+
+
+def _normalised(inputs: KdaInputs, x: Tensor) -> Tensor:
+    wide = x.double()
+    return wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt() if inputs.use_qk_l2norm_in_kernel else wide
+
+
+def _state(inputs: KdaInputs) -> Tensor:
+    if inputs.initial_state is None:
+        batch, heads = inputs.v.shape[0], inputs.v.shape[2]
+        return torch.zeros(batch, heads, inputs.k.shape[3], inputs.v.shape[3], dtype=torch.float64, device=inputs.q.device)
+    state = inputs.initial_state.double()
+    return state.transpose(-1, -2) if inputs.state_v_first else state

@@ -1,0 +1,153 @@
+"""Stochastic rounding whose random number is a hash of the value, and products that round like hardware.
+
+Equal values round equally, as they do in a real kernel; otherwise coherent errors (a repeated key, a constant gate)
+would average out in the ensemble and a correct kernel would be called wrong. Members of the ensemble are the leading
+axis of every tensor, and differ only in the seed mixed into the hash.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kda_conformance.arithmetic import SIGNIFICAND_BITS, U32
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT64_BITS = 53
+FP16_QUANTUM = 2.0**-24
+FP16_SMALLEST_NORMAL = 2.0**-14
+# Odd multipliers of the SplitMix64 finaliser, as signed 64-bit integers.
+MIX_1 = -4658895280553007687
+MIX_2 = -7723592293110705685
+ACCUMULATION = 0.4
+UNIFORM_TO_UNIT_VARIANCE = 12.0**0.5
+
+
+def member_seeds(first: int, count: int, num_axes: int, device: torch.device) -> Tensor:
+    """Return one well-mixed 64-bit seed per member, shaped to broadcast over ``num_axes`` axes."""
+    seeds = (torch.arange(count, dtype=torch.int64, device=device) + first + 1) * MIX_1
+    return seeds.reshape(count, *[1] * (num_axes - 1))
+
+
+def hash_bits(x: Tensor, seeds: Tensor) -> Tensor:
+    """Return 64 pseudo-random bits (int64) that depend only on the value and the member's seed."""
+    h = x.contiguous().view(torch.int64) ^ seeds
+    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * MIX_1
+    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    return h ^ ((h >> 31) & 0x1FFFFFFFF)
+
+
+def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
+    """Round float64 ``x`` to the significand of ``fmt``, up with probability equal to the remainder."""
+    dropped = FLOAT64_BITS - SIGNIFICAND_BITS[fmt]
+    mask = (1 << dropped) - 1
+    bits = hash_bits(x, seeds)
+    # The bit pattern of a double is monotone in its magnitude, so adding a random remainder and cutting the tail
+    # rounds the magnitude stochastically, carries into the exponent included.
+    rounded = ((x.contiguous().view(torch.int64) + (bits & mask)) & ~mask).view(torch.float64)
+    if fmt != "fp16":
+        return rounded
+    uniform = ((bits >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
+    subnormal = torch.floor(x / FP16_QUANTUM + uniform) * FP16_QUANTUM
+    return torch.where(x.abs() < FP16_SMALLEST_NORMAL, subnormal, rounded)
+
+
+def truncate(x: Tensor, fmt: str) -> Tensor:
+    """Cut float64 ``x`` to the significand of ``fmt``, as a tensor core may do with tf32 operands."""
+    mask = (1 << (FLOAT64_BITS - SIGNIFICAND_BITS[fmt])) - 1
+    return (x.contiguous().view(torch.int64) & ~mask).view(torch.float64)
+
+
+class Rounder:
+    """The rounding rules of one group of members; every hook rounds the cotangent too.
+
+    Parameters
+    ----------
+    first_seed, count
+        Seeds of the members on the leading axis.
+    device
+        Where the tensors live.
+    truncates
+        Cut operands instead of rounding them stochastically: one deterministic member.
+    """
+
+    def __init__(self, first_seed: int, count: int, device: torch.device, *, truncates: bool = False) -> None:
+        self.first_seed, self.count, self.device, self.truncates = first_seed, count, device, truncates
+
+    def raw(self, x: Tensor, fmt: str | None) -> Tensor:
+        """Round outside of the derivative graph; ``None`` leaves ``x`` alone."""
+        if fmt is None:
+            return x
+        if self.truncates:
+            return truncate(x, fmt) if fmt == "tf32" else x
+        return round_stochastically(x, fmt, member_seeds(self.first_seed, self.count, x.dim(), self.device))
+
+    def round(self, x: Tensor, fmt: str | None) -> Tensor:
+        """Round ``x``, and its cotangent to the same format."""
+        return x if fmt is None else _RoundBothWays.apply(x, fmt, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def matmul(self, a: Tensor, b: Tensor, fmt: str | None) -> Tensor:
+        """Multiply with operands rounded to ``fmt`` and fp32 accumulation, forward and backward."""
+        return _RoundedMatmul.apply(a, b, fmt, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def accumulate(self, product: Tensor, sum_of_squares: Tensor, num_terms: int) -> Tensor:
+        """Add the noise of an fp32 accumulation of ``num_terms`` products, then round to fp32.
+
+        The standard deviation is ``0.4 u32 sqrt(n / 2) sqrt(sum (ab)^2 + (sum ab)^2)``: partial sums grow like a random walk
+        towards the total, each is rounded once, and 0.4 is between the uniform rounding error's 0.29 and its bound 0.5.
+        """
+        if self.truncates:
+            return product
+        deviation = ACCUMULATION * U32 * (num_terms / 2) ** 0.5 * (sum_of_squares + product**2).sqrt()
+        seeds = member_seeds(self.first_seed + 7919, self.count, product.dim(), self.device)
+        uniform = ((hash_bits(product, seeds) >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
+        return self.raw(product + deviation * UNIFORM_TO_UNIT_VARIANCE * (uniform - 0.5), "fp32")
+
+    def exact_matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply already rounded operands with fp32 accumulation, outside of the derivative graph."""
+        return self.accumulate(a @ b, (a * a) @ (b * b), a.shape[-1])
+
+
+class _RoundBothWays(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: str, rounder: Rounder) -> Tensor:  # noqa: ANN401
+        ctx.fmt, ctx.rounder = fmt, rounder
+        return rounder.raw(x, fmt)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        return ctx.rounder.raw(grad, ctx.fmt), None, None
+
+
+class _RoundedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, fmt: str | None, rounder: Rounder) -> Tensor:  # noqa: ANN401
+        a, b = rounder.raw(a, fmt), rounder.raw(b, fmt)
+        ctx.save_for_backward(a, b)
+        ctx.fmt, ctx.rounder = fmt, rounder
+        return rounder.exact_matmul(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        a, b = ctx.saved_tensors
+        grad = ctx.rounder.raw(grad, ctx.fmt)
+        grad_a = ctx.rounder.exact_matmul(grad, b.transpose(-1, -2))
+        grad_b = ctx.rounder.exact_matmul(a.transpose(-1, -2), grad)
+        return grad_a, grad_b, None, None
+
+
+class Exact:
+    """A rounder that leaves everything alone, for members whose noise is added elsewhere."""
+
+    def raw(self, x: Tensor, fmt: str | None) -> Tensor:
+        """Return ``x``."""
+        del fmt
+        return x
+
+    def round(self, x: Tensor, fmt: str | None) -> Tensor:
+        """Return ``x``."""
+        del fmt
+        return x

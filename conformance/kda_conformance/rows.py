@@ -1,0 +1,134 @@
+"""Rows: what a run leaves behind, one JSON object a line, each complete in itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+import uuid
+from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from kda_conformance.subject import Subject
+
+SCHEMA = 1
+
+
+class RowWriter:
+    """Appends the rows of one run to a file, so that a reader sees every finished test at once.
+
+    Attributes
+    ----------
+    run
+        Identifier that all rows of the run carry.
+    counts
+        Verdicts so far, by outcome.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run = uuid.uuid4().hex[:12]
+        self.counts: Counter[str] = Counter()
+        self.implementation = ""
+        self.started = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self.implementation = row.get("implementation", self.implementation)
+        with self.path.open("a") as file:
+            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+    def verdict(self, verdict: dict[str, Any], measures: list[dict[str, Any]]) -> None:
+        """Append the verdict of one test and what it measured."""
+        self.counts[verdict["outcome"]] += 1
+        common = {"run": self.run, "implementation": self.implementation}
+        for measure in measures:
+            self.write({"kind": "measure", **common, **measure})
+        self.write({"kind": "verdict", **common, **verdict})
+
+    def finish(self, outcome: str) -> None:
+        """Append the closing row."""
+        seconds = round(time.monotonic() - self.started, 2)
+        counts = {name: self.counts[name] for name in ("pass", "fail", "error", "xfail", "unclaimed", "may")}
+        self.write(
+            {
+                "kind": "finish",
+                "run": self.run,
+                "implementation": self.implementation,
+                "exit": outcome,
+                "counts": counts,
+                "seconds": seconds,
+            }
+        )
+
+
+def run_row(subject: Subject, effort: str, run: str) -> dict[str, Any]:
+    """Return the opening row: who is judged, on what claims, where."""
+    return {
+        "kind": "run",
+        "schema": SCHEMA,
+        "run": run,
+        "implementation": subject.implementation.name,
+        "version": subject.implementation.version,
+        "effort": effort,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": subject.device,
+        "claims": subject.claims.describe(),
+        "fingerprint": fingerprint(),
+        "seed": 0,
+    }
+
+
+def fingerprint() -> dict[str, Any]:
+    """Return what identifies machine, libraries and source state."""
+    commit, dirty = _source_state()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "numpy": _installed("numpy"),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value with non-finite numbers written as the strings nan, inf and -inf."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _source_state() -> tuple[str | None, bool | None]:
+    """Return commit and dirty flag of the checkout this package runs from, or ``None`` for an installed copy."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S607
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    return head.stdout.strip(), bool(status.stdout.strip())
+

@@ -1,0 +1,166 @@
+"""Judge several implementations side by side: one pytest process each, rows collected as they come.
+
+Processes keep implementations from disturbing each other: a crash, a leaked setting or a patched library stays where it happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import TextIO
+
+POLL_SECONDS = 0.5
+MAX_WORKERS = 2
+DEFAULT_CPU = ("triton-chunk", "triton-recurrent", "torch-chunkwise", "transformers-chunk", "transformers-recurrent")
+DEFAULT_CUDA = ("triton-chunk", "triton-recurrent", "fla-chunk", "fla-recurrent")
+
+
+@dataclass
+class Trial:
+    """One implementation being judged.
+
+    Attributes
+    ----------
+    spec
+        What ``--impl`` is given.
+    rows
+        The file its process appends rows to.
+    counts, worst
+        Verdicts so far, and the largest score.
+    exit
+        pytest's exit status once the process has ended.
+    """
+
+    spec: str
+    rows: Path
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    worst: float = 0.0
+    last: str = "waiting"
+    exit: int | None = None
+    started: float = 0.0
+    seconds: float = 0.0
+    offset: int = 0
+
+    def read_new_rows(self) -> None:
+        """Take in the rows written since the last look."""
+        if not self.rows.is_file():
+            return
+        with self.rows.open() as file:
+            file.seek(self.offset)
+            for line in iter(file.readline, ""):
+                if not line.endswith("\n"):
+                    break
+                self.offset += len(line.encode())
+                self._take(json.loads(line))
+
+    def _take(self, row: dict[str, object]) -> None:
+        if row["kind"] == "verdict":
+            self.counts[str(row["outcome"])] += 1
+            self.last = str(row["law"])
+        if row["kind"] == "measure":
+            self.worst = max(self.worst, float(row["score"]))  # type: ignore[arg-type]
+
+
+def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, console: Console) -> dict[str, int]:
+    """Run the suite on every implementation, show progress, and write ``out/rows.jsonl``.
+
+    Parameters
+    ----------
+    specs
+        Implementations, as ``--impl`` takes them.
+    options
+        Further pytest options, the same for all.
+    out
+        Folder of the results; existing rows are replaced.
+
+    Returns
+    -------
+    dict[str, int]
+        pytest's exit status per implementation.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = out / "rows.jsonl"
+    rows.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trials = [Trial(spec, Path(folder) / f"{i}.jsonl", out / f"log-{i}.txt") for i, spec in enumerate(specs)]
+        _run(trials, options, console)
+        with rows.open("w") as file:
+            for trial in trials:
+                if trial.rows.is_file():
+                    file.write(trial.rows.read_text())
+    for trial in trials:
+        if trial.exit in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED):
+            console.print(f"[bold]{trial.spec}[/bold]: {_last_lines(trial.log)}")
+    return {trial.spec: trial.exit if trial.exit is not None else int(pytest.ExitCode.INTERNAL_ERROR) for trial in trials}
+
+
+def _run(trials: list[Trial], options: Sequence[str], console: Console) -> None:
+    waiting = list(trials)
+    with Live(_table(trials), console=console, refresh_per_second=2, transient=False) as live:
+        while any(trial.exit is None for trial in trials):
+            running = [trial for trial in trials if trial.process is not None and trial.exit is None]
+            while waiting and len(running) < min(MAX_WORKERS, os.cpu_count() or 1):
+                trial = waiting.pop(0)
+                trial.process, trial.started, trial.last = _start(trial, options), time.monotonic(), "loading"
+                running.append(trial)
+            for trial in running:
+                assert trial.process is not None  # noqa: S101 - it is running
+                status = trial.process.poll()
+                trial.read_new_rows()
+                trial.seconds = time.monotonic() - trial.started
+                if status is not None:
+                    trial.exit, trial.last = status, "done"
+            live.update(_table(trials))
+            time.sleep(POLL_SECONDS)
+
+
+def _start(trial: Trial, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "--tb=short", "-p", "no:cacheprovider",
+        "--impl", trial.spec, "--kda-rows", str(trial.rows), *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    log: TextIO
+    with trial.log.open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)  # noqa: S603 - our own command
+
+
+def _table(trials: list[Trial]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("implementation", "passed", "failed", "unclaimed", "worst error / bound", "seconds", "law"):
+        table.add_column(name, justify="left" if name in ("implementation", "law") else "right")
+    for trial in trials:
+        failed = trial.counts["fail"] + trial.counts["error"]
+        table.add_row(
+            trial.spec,
+            str(trial.counts["pass"]),
+            f"[bold red]{failed}[/]" if failed else "0",
+            str(trial.counts["unclaimed"]),
+            f"{trial.worst:.2f}",
+            f"{trial.seconds:.0f}",
+            trial.last,
+        )
+    return table
+
+
+def _last_lines(log: Path) -> str:
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
+    return "\n".join(lines[-3:])
