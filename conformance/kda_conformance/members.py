@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from kda_reference.packing import SideBySide
 
 from kda_conformance import ensemble
 from kda_conformance.ensemble import NoisyFloat32, Operands
-from kda_conformance.packing import SideBySide
 from kda_conformance.rounding import Exact, Rounder
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Members:
 
     def __init__(self, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> None:
         self.inputs = inputs
-        self.packing = SideBySide(inputs)
+        self.packing = SideBySide(inputs, num_leading=1)
         self.do = None if do is None else do.double()
         self.dfinal_state = None if dfinal_state is None else dfinal_state.double()
         self.backward = do is not None or dfinal_state is not None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from kda_conformance.arithmetic import Arithmetic
 
-SOURCES = ("arithmetic", "rounding", "packing", "activations", "ensemble", "members", "cumulative_sum", "budget")
+SOURCES = ("arithmetic", "rounding", "activations", "ensemble", "members", "cumulative_sum", "budget")
 
 
 def cache_folder() -> Path:
