@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 RAW_NORM = 5.0
 LARGEST_LOGIT = 40.0
+# The fp64 budget is the fp32 one scaled down, which holds while errors are linear in the unit roundoff: short of saturation.
+LARGEST_WIDE_LOGIT = 14.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,10 +173,11 @@ class Case:
         decay = regimes.GATES[self.gate](draw, (*group_heads, self.K))
         beta = regimes.STRENGTHS[self.strengths](draw, group_heads) * self.beta_max
         state = draw.normal((len(self.T) if self.packed else batch, self.G, self.K, self.V)) if self.state else None
-        parameters = self._gate(draw, decay)
+        parameters = self._gate(draw, decay, wide=dtype == torch.float64)
         if self.sigmoid:
             odds = (beta / self.beta_max).clamp(1e-18, 1 - 1e-15)
-            beta = (odds / (1 - odds)).log().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+            limit = LARGEST_WIDE_LOGIT if dtype == torch.float64 else LARGEST_LOGIT
+            beta = (odds / (1 - odds)).log().clamp(-limit, limit)
         if state is not None:
             state = state if dtype == torch.float64 else state.float()
             if self.v_first:
@@ -200,17 +203,18 @@ class Case:
         )
         return move(arguments, device)
 
-    def _gate(self, draw: regimes.Draw, decay: Tensor) -> dict[str, Tensor]:
+    def _gate(self, draw: regimes.Draw, decay: Tensor, *, wide: bool) -> dict[str, Tensor]:
         """Return ``g`` and the gate's parameters such that the gate's log decay is ``decay`` up to rounding."""
         if self.gate_form == "log_decay":
             return {"g": decay}
         a_log, dt_bias = regimes.layer_parameters(draw, self.G, self.K)
         slope = a_log.exp()[:, None]
         if self.gate_form == "softplus":
-            target = (-decay / slope).clamp(min=1e-18)
+            target = (-decay / slope).clamp(min=1e-6 if wide else 1e-18)
             x = target + (-torch.expm1(-target)).log()
         else:
-            share = (decay / regimes.LOWER_BOUND).clamp(1e-12, 1 - 1e-12)
+            least = 1e-6 if wide else 1e-12
+            share = (decay / regimes.LOWER_BOUND).clamp(least, 1 - least)
             x = (share / (1 - share)).log()
             if not self.slope:
                 return {"g": x}

@@ -83,7 +83,7 @@ def chunkwise_member(
 
     q, k, v, g, beta = (chunked(tensor) for tensor in x)
     store, operand = arithmetic.storage, arithmetic.operand
-    cumulative = rounder.round(g.cumsum(-2), "fp32")
+    cumulative = _scan(g, rounder)
     last = cumulative[..., -1:, :]
     scores_qk, scores_kk = _scores(q, k, cumulative, rounder, arithmetic)
     scores_kk = rounder.round(scores_kk * beta[..., None], "fp32").tril(-1)
@@ -103,10 +103,36 @@ def chunkwise_member(
         inter = scale * rounder.matmul(q_decayed[:, :, :, n], operand_state, operand)
         outputs.append(inter + rounder.matmul(scores_qk[:, :, :, n], pseudo, operand))
         write = rounder.matmul(k_rest[:, :, :, n].transpose(-1, -2), pseudo, operand)
-        state = rounder.round(state * chunk_decay[:, :, :, n, :, None] + write, arithmetic.state)
+        kept = _Decay.apply(state, chunk_decay[:, :, :, n], rounder, store)  # type: ignore[no-untyped-call]
+        state = rounder.round(kept + write, arithmetic.state)
     if not outputs:
         return x.v, state
     return torch.cat(outputs, 3)[:, :, :, :num_tokens], state
+
+
+def _scan(g: Tensor, rounder: Rounder) -> Tensor:
+    """Return the cumulative sum over tokens, as a parallel scan that rounds every partial sum to fp32."""
+    total, step = g, 1
+    while step < g.shape[-2]:
+        total = rounder.round(total + pad(total, (0, 0, step, 0))[..., : g.shape[-2], :], "fp32")
+        step *= 2
+    return total
+
+
+class _Decay(torch.autograd.Function):
+    """``Diag(decay) S``; its derivative by the decay is a product of the state and its cotangent as they are stored."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, decay: Tensor, rounder: Rounder, fmt: str) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(state, decay)
+        ctx.rounder, ctx.fmt = rounder, fmt
+        return state * decay[..., None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # noqa: ANN401
+        state, decay = ctx.saved_tensors
+        raw = ctx.rounder.raw
+        return grad * decay[..., None], (raw(state, ctx.fmt) * raw(grad, ctx.fmt)).sum(-1), None, None
 
 
 def _exp(x: Tensor, rounder: Rounder) -> Tensor:

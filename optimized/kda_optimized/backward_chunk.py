@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kda_optimized.activations import inverse_norm, load_gate_logit, load_rows, load_slope, load_strength, log_decay, sigmoid
-from kda_optimized.dyadic import level_mask, reference_decay
+from kda_optimized.dyadic import decay_to_end, level_mask, reference_decay
 
 
 @triton.jit
@@ -29,6 +29,7 @@ def kda_chunk_bwd_chunk_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     LEVELS: tl.constexpr, L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A: tl.constexpr,
     HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, CEILING: tl.constexpr, PRECISION: tl.constexpr, SCORE_PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0).to(tl.int64)
     i_c, i_g = i_p // G, i_p % G
@@ -83,11 +84,10 @@ def kda_chunk_bwd_chunk_kernel(
     b_logit = load_gate_logit(g + i_g * K, dt_bias + i_g * K, o_t, m_t, o_k, K, G * K, HAS_BIAS)
     b_slope = load_slope(a_log + i_g, HAS_A)
     b_g = log_decay(b_logit, b_slope, lower_bound, m_t, o_k, K, USE_GATE, BOUNDED)
-    b_cum = tl.cumsum(b_g, axis=0)
     b_last = tl.sum(b_g, axis=0)
 
-    b_decay = tl.exp(b_cum)
-    b_dkr = b_dkr * tl.exp(b_last[None, :] - b_cum)
+    b_decay = tl.exp(tl.cumsum(b_g, axis=0))
+    b_dkr = b_dkr * decay_to_end(b_g, BT, SUM_PRECISION)
     b_dtotal = b_dtotal * tl.exp(b_last) + tl.sum(b_k * b_dkr, axis=0)  # [BK]
     b_dq = b_dqd * b_decay * scale
     b_drow = b_dkd * b_decay
@@ -97,7 +97,7 @@ def kda_chunk_bwd_chunk_kernel(
     b_ddiag = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dscores, 0.0), axis=1)
     for i_level in tl.static_range(LEVELS):
         LEVEL: tl.constexpr = 2**i_level
-        b_e = reference_decay(b_cum, BT, BK, LEVEL)
+        b_e = reference_decay(b_g, BT, LEVEL, SUM_PRECISION)
         m_pair = level_mask(BT, LEVEL)
         b_qe, b_ke = b_q * b_e, b_k * b_e
         b_dqk = tl.where(m_pair, b_dscores, 0.0)

@@ -15,12 +15,27 @@ import triton.language as tl
 
 
 @triton.jit
-def reference_decay(b_cum, BT: tl.constexpr, BK: tl.constexpr, LEVEL: tl.constexpr):
-    """Return ``exp(-|G - G_ref|)`` ``[BT, BK]``: each row's decay from or to the first row of its odd block."""
+def reference_decay(b_g, BT: tl.constexpr, LEVEL: tl.constexpr, PRECISION: tl.constexpr):
+    """Return each row's decay from, or to, the first row of its odd block ``[BT, BK]``.
+
+    The log decays in between are summed directly, as a product with a mask of zeros and ones. All terms have one sign, so nothing cancels, which a
+    difference of cumulative sums would do behind a gate that closed hard.
+    """
     o_i = tl.arange(0, BT)
-    i_ref = (o_i // (2 * LEVEL)) * (2 * LEVEL) + LEVEL
-    b_ref = tl.gather(b_cum, tl.broadcast_to(i_ref[:, None], (BT, BK)), 0)
-    return tl.exp(-tl.abs(b_cum - b_ref))
+    i_ref = ((o_i // (2 * LEVEL)) * (2 * LEVEL) + LEVEL)[:, None]
+    i_row, i_token = o_i[:, None], o_i[None, :]
+    m_after = (i_row >= i_ref) & (i_token > i_ref) & (i_token <= i_row)
+    m_before = (i_row < i_ref) & (i_token > i_row) & (i_token <= i_ref)
+    b_between = tl.where(m_after | m_before, 1.0, 0.0)
+    return tl.exp(tl.dot(b_between, b_g, input_precision=PRECISION))
+
+
+@triton.jit
+def decay_to_end(b_g, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the decay that each row's write suffers until the end of the chunk ``[BT, BK]``."""
+    o_i = tl.arange(0, BT)
+    b_later = tl.where(o_i[None, :] > o_i[:, None], 1.0, 0.0)
+    return tl.exp(tl.dot(b_later, b_g, input_precision=PRECISION))
 
 
 @triton.jit

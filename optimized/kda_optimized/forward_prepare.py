@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kda_optimized.activations import inverse_norm, load_gate_logit, load_rows, load_slope, load_strength, log_decay
-from kda_optimized.dyadic import level_mask, merge_inverse, reference_decay
+from kda_optimized.dyadic import decay_to_end, level_mask, merge_inverse, reference_decay
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def kda_chunk_fwd_prepare_kernel(
     scale, lower_bound,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
     L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SIGMOID: tl.constexpr, CEILING: tl.constexpr, SCORE_PRECISION: tl.constexpr, INVERSE_PRECISION: tl.constexpr,
+    SIGMOID: tl.constexpr, CEILING: tl.constexpr, SCORE_PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_p = tl.program_id(0).to(tl.int64)
     i_c, i_g = i_p // G, i_p % G
@@ -40,7 +40,6 @@ def kda_chunk_fwd_prepare_kernel(
     b_x = load_gate_logit(g + i_g * K, dt_bias + i_g * K, o_t, m_t, o_k, K, G * K, HAS_BIAS)
     b_g = log_decay(b_x, load_slope(a_log + i_g, HAS_A), lower_bound, m_t, o_k, K, USE_GATE, BOUNDED)
     b_beta = load_strength(beta + i_g, o_t, m_t, G, SIGMOID, CEILING)  # [BT]
-    b_cum = tl.cumsum(b_g, axis=0)
     # Rows past the end have no decay, so the sum over all rows is that up to the last token.
     b_last = tl.sum(b_g, axis=0)  # [BK]
 
@@ -48,18 +47,18 @@ def kda_chunk_fwd_prepare_kernel(
     b_inverse = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) + tl.zeros((BT, BT), dtype=tl.float32)
     for i_level in tl.static_range(LEVELS):
         LEVEL: tl.constexpr = 2**i_level
-        b_e = reference_decay(b_cum, BT, BK, LEVEL)
+        b_e = reference_decay(b_g, BT, LEVEL, SUM_PRECISION)
         m_pair = level_mask(BT, LEVEL)
         b_ke = tl.trans(b_k * b_e)
         b_scores += tl.where(m_pair, tl.dot(b_q * b_e, b_ke, input_precision=SCORE_PRECISION), 0.0)
         b_kk = tl.where(m_pair, tl.dot(b_k * b_e, b_ke, input_precision=SCORE_PRECISION), 0.0)
-        b_inverse = merge_inverse(b_inverse, b_kk * b_beta[:, None], INVERSE_PRECISION)
+        b_inverse = merge_inverse(b_inverse, b_kk * b_beta[:, None], SUM_PRECISION)
 
     o_tk = o_t[:, None] * (G * K) + i_g * K + o_k[None, :]
-    b_decay = tl.exp(b_cum)
+    b_decay = tl.exp(tl.cumsum(b_g, axis=0))
     tl.store(q_decayed + o_tk, (b_q * b_decay).to(q_decayed.dtype.element_ty), mask=m_tk)
     tl.store(k_decayed + o_tk, (b_k * b_decay).to(k_decayed.dtype.element_ty), mask=m_tk)
-    tl.store(k_rest + o_tk, (b_k * tl.exp(b_last[None, :] - b_cum)).to(k_rest.dtype.element_ty), mask=m_tk)
+    tl.store(k_rest + o_tk, (b_k * decay_to_end(b_g, BT, SUM_PRECISION)).to(k_rest.dtype.element_ty), mask=m_tk)
     o_tt = o_t[:, None] * (G * BT) + i_g * BT + o_i[None, :]
     tl.store(scores + o_tt, (b_scores * scale).to(scores.dtype.element_ty), mask=m_t[:, None])
     tl.store(inverse + o_tt, b_inverse.to(inverse.dtype.element_ty), mask=m_t[:, None])

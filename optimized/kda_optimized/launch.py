@@ -45,8 +45,8 @@ class Problem:
     ----------
     operand_dtype
         Dtype of the operands of dots, and of what is written between kernels.
-    precision, score_precision, inverse_precision
-        ``input_precision`` of dots: with stored operands, of scores, and of the inverse.
+    precision, score_precision, sum_precision
+        ``input_precision`` of dots: with stored operands, of scores, and of the inverse and sums of log decays.
     """
 
     inputs: KdaInputs
@@ -56,7 +56,7 @@ class Problem:
     operand_dtype: torch.dtype
     precision: str
     score_precision: str
-    inverse_precision: str
+    sum_precision: str
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +160,7 @@ def chunk_forward(inputs: KdaInputs, *, save: bool) -> tuple[Tensor, Tensor | No
             call.packing.chunk_table, call.packing.cu_seqlens, inputs.effective_scale, inputs.lower_bound or 0.0,
             H=heads, G=value_heads, K=k_width, BT=bt, BK=call.bk, LEVELS=bt.bit_length() - 1,
             L2NORM=inputs.use_qk_l2norm_in_kernel, **call.gate_constants(), **call.strength_constants(),
-            SCORE_PRECISION=call.score_precision, INVERSE_PRECISION=call.inverse_precision,
+            SCORE_PRECISION=call.score_precision, SUM_PRECISION=call.sum_precision,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     tiles, options = call.value_tiles("walk")
@@ -211,7 +211,7 @@ def chunk_backward(inputs: KdaInputs, saved: Saved, do: Tensor | None, dfinal_st
             call.packing.chunk_table, call.packing.cu_seqlens, inputs.effective_scale, inputs.lower_bound or 0.0,
             H=heads, G=value_heads, K=k_width, V=v_width, BT=bt, BK=call.bk, BV=tiles["BV"], LEVELS=bt.bit_length() - 1,
             L2NORM=inputs.use_qk_l2norm_in_kernel, **call.gate_constants(), **call.strength_constants(),
-            PRECISION=call.precision, SCORE_PRECISION=call.score_precision, **options,
+            PRECISION=call.precision, SCORE_PRECISION=call.score_precision, SUM_PRECISION=call.sum_precision, **options,
         )  # fmt: skip
     if grouped:
         dq, dk = (gradient.unflatten(2, (heads, -1)).sum(3).to(inputs.q.dtype) for gradient in (dq, dk))
