@@ -1,6 +1,7 @@
 """The fixed cases: small calls, each chosen because some bug shows on it and hides elsewhere.
 
-``QUICK`` runs at every effort, ``STANDARD`` from the middle one up. What a regime exposes is said in ``regimes.py``; lengths sit around
+``QUICK`` runs at every effort, ``STANDARD`` from the middle one up,
+``LONG`` at the highest; ``WIDE`` is an effort of its own, for a GPU. What a regime exposes is said in ``regimes.py``; lengths sit around
 the residues of chunks of 16, 32 and 64, widths include odd ones, and K differs from V wherever a transposition could hide.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from kda_conformance.cases import Case
 
-EFFORTS = ("quick", "standard", "exhaustive")
+EFFORTS = ("quick", "standard", "exhaustive", "wide")
 FLOAT16_OVERFLOWS = ("big",)
 
 QUICK = tuple(
@@ -74,6 +75,25 @@ LONG = tuple(
     )
 )
 
+WIDE = tuple(
+    Case.parse(text)
+    for text in (
+        "T=4096 K=128 V=128 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=80",
+        "T=4096 K=64 V=64 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 beta_max=2 seed=81",
+        "T=300 H=2 G=4 K=60 V=100 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=82",
+        "T=300 K=100 V=60 gate=mixed seed=83",
+        "T=260 K=256 V=256 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=84",
+        "T=257 K=32 V=256 gate=holes seed=85",
+        "T=257 K=256 V=32 gate=cliffs v_first=1 seed=86",
+        "T=500,0,1,523 H=1 G=2 K=128 V=64 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 seed=87",
+        "T=512 K=128 V=128 gate=zero keys=near strengths=near_one seed=88",
+        "T=512 K=128 V=128 gate=tiny keys=near strengths=near_one beta_max=2 seed=89",
+        "T=2048 K=128 V=128 gate=slow strengths=tiny seed=90",
+        "T=1024 K=128 V=128 gate=hundreds values=sparse seed=91",
+    )
+)
+"""Sizes of real models; hours in an interpreter, minutes on a GPU."""
+
 RELATIONS = tuple(
     Case.parse(text)
     for text in (
@@ -88,12 +108,12 @@ RELATIONS = tuple(
 
 def cases_at(effort: str) -> tuple[Case, ...]:
     """Return the cases judged against the reference at an effort."""
-    return {"quick": QUICK, "standard": QUICK + STANDARD, "exhaustive": QUICK + STANDARD + LONG}[effort]
+    return {"quick": QUICK, "standard": QUICK + STANDARD, "exhaustive": QUICK + STANDARD + LONG, "wide": WIDE}[effort]
 
 
 def relation_cases_at(effort: str) -> tuple[Case, ...]:
     """Return the calls that relations are checked on at an effort."""
-    return RELATIONS[:2] if effort == "quick" else RELATIONS
+    return RELATIONS[:2] if effort in ("quick", "wide") else RELATIONS
 
 
 def fits(case: Case, dtype: str) -> bool:

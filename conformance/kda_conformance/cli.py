@@ -25,11 +25,12 @@ app = typer.Typer(help="The neutral referee for Kimi Delta Attention.", no_args_
 
 
 class Effort(StrEnum):
-    """How much is run: under 2 minutes, under 10, or as long as it takes."""
+    """How much is run: under 2 minutes, under 10, as long as it takes; or model-sized calls, for a GPU."""
 
     quick = "quick"
     standard = "standard"
     exhaustive = "exhaustive"
+    wide = "wide"
 
 
 Implementations = Annotated[

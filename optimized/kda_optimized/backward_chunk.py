@@ -96,9 +96,8 @@ def kda_chunk_bwd_chunk_kernel(
     b_dscores = b_dscores * scale
     b_ddiag = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_dscores, 0.0), axis=1)
     for i_level in tl.static_range(LEVELS):
-        LEVEL: tl.constexpr = 2**i_level
-        b_e = reference_decay(b_g, BT, LEVEL, SUM_PRECISION)
-        m_pair = level_mask(BT, LEVEL)
+        b_e = reference_decay(b_g, BT, i_level, SUM_PRECISION)
+        m_pair = level_mask(BT, i_level)
         b_qe, b_ke = b_q * b_e, b_k * b_e
         b_dqk = tl.where(m_pair, b_dscores, 0.0)
         b_da = tl.where(m_pair, b_dinner, 0.0)

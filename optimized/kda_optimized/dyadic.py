@@ -15,12 +15,13 @@ import triton.language as tl
 
 
 @triton.jit
-def reference_decay(b_g, BT: tl.constexpr, LEVEL: tl.constexpr, PRECISION: tl.constexpr):
+def reference_decay(b_g, BT: tl.constexpr, LOG_LEVEL: tl.constexpr, PRECISION: tl.constexpr):
     """Return each row's decay from, or to, the first row of its odd block ``[BT, BK]``.
 
     The log decays in between are summed directly, as a product with a mask of zeros and ones. All terms have one sign, so nothing cancels, which a
     difference of cumulative sums would do behind a gate that closed hard.
     """
+    LEVEL: tl.constexpr = 2**LOG_LEVEL
     o_i = tl.arange(0, BT)
     i_ref = ((o_i // (2 * LEVEL)) * (2 * LEVEL) + LEVEL)[:, None]
     i_row, i_token = o_i[:, None], o_i[None, :]
@@ -39,8 +40,9 @@ def decay_to_end(b_g, BT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def level_mask(BT: tl.constexpr, LEVEL: tl.constexpr):
+def level_mask(BT: tl.constexpr, LOG_LEVEL: tl.constexpr):
     """Return the pairs ``[BT, BT]`` that a level covers."""
+    LEVEL: tl.constexpr = 2**LOG_LEVEL
     o_i = tl.arange(0, BT)
     same = (o_i[:, None] // (2 * LEVEL)) == (o_i[None, :] // (2 * LEVEL))
     return same & (((o_i[:, None] // LEVEL) % 2) == 1) & (((o_i[None, :] // LEVEL) % 2) == 0)

@@ -46,9 +46,8 @@ def kda_chunk_fwd_prepare_kernel(
     b_scores = tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, axis=1)[:, None], 0.0)  # [BT, BT]
     b_inverse = tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0) + tl.zeros((BT, BT), dtype=tl.float32)
     for i_level in tl.static_range(LEVELS):
-        LEVEL: tl.constexpr = 2**i_level
-        b_e = reference_decay(b_g, BT, LEVEL, SUM_PRECISION)
-        m_pair = level_mask(BT, LEVEL)
+        b_e = reference_decay(b_g, BT, i_level, SUM_PRECISION)
+        m_pair = level_mask(BT, i_level)
         b_ke = tl.trans(b_k * b_e)
         b_scores += tl.where(m_pair, tl.dot(b_q * b_e, b_ke, input_precision=SCORE_PRECISION), 0.0)
         b_kk = tl.where(m_pair, tl.dot(b_k * b_e, b_ke, input_precision=SCORE_PRECISION), 0.0)

@@ -11,7 +11,7 @@ from kda_conformance import battery, relations
 if TYPE_CHECKING:
     from kda_conformance.subject import Call, Subject
 
-CUTS = {"quick": 2, "standard": 5, "exhaustive": 16}
+CUTS = {"quick": 2, "wide": 2, "standard": 5, "exhaustive": 16}
 
 
 @pytest.mark.law("prefix-causality", cases=battery.relation_cases_at)

@@ -12,7 +12,7 @@ from kda_conformance import battery, misuse
 if TYPE_CHECKING:
     from kda_conformance.subject import Call, Subject
 
-REPEATS = {"quick": 2, "standard": 3, "exhaustive": 20}
+REPEATS = {"quick": 2, "wide": 2, "standard": 3, "exhaustive": 20}
 
 
 @pytest.mark.law("same-call-same-bits", cases=battery.relation_cases_at)

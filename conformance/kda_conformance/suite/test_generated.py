@@ -14,7 +14,7 @@ from kda_conformance.subject import Call
 if TYPE_CHECKING:
     from kda_conformance.subject import Subject
 
-EXAMPLES = {"quick": 4, "standard": 24, "exhaustive": 400}
+EXAMPLES = {"quick": 4, "wide": 4, "standard": 24, "exhaustive": 400}
 
 
 @pytest.mark.law("generated-calls-match-reference", generated=True)

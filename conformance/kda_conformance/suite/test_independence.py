@@ -16,7 +16,7 @@ def many_headed(effort: str) -> tuple[Case, ...]:
         "T=66 B=1 H=2 G=4 K=16 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=71",
         "T=33 B=3 H=1 G=3 K=24 V=16 gate=uniform v_first=1 seed=72",
     )
-    return tuple(Case.parse(text) for text in (texts[:2] if effort == "quick" else texts))
+    return tuple(Case.parse(text) for text in (texts[:2] if effort in ("quick", "wide") else texts))
 
 
 @pytest.mark.law("heads-are-independent", cases=many_headed)

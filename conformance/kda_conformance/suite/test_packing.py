@@ -23,7 +23,7 @@ def packed_cases(effort: str) -> tuple[Case, ...]:
         "T=15,0,17,63,2 H=1 G=1 K=24 V=16 gate=cliffs v_first=1 seed=62",
         "T=128,1 K=16 V=16 gate=zero state=0 seed=63",
     )
-    return tuple(Case.parse(text) for text in (texts[:2] if effort == "quick" else texts))
+    return tuple(Case.parse(text) for text in (texts[:2] if effort in ("quick", "wide") else texts))
 
 
 @pytest.mark.law("packed-equals-separate", cases=packed_cases)

@@ -12,7 +12,7 @@ from kda_conformance import battery, relations
 if TYPE_CHECKING:
     from kda_conformance.subject import Call, Subject
 
-SPLITS_PER_CASE = {"quick": 2, "standard": 6, "exhaustive": 24}
+SPLITS_PER_CASE = {"quick": 2, "wide": 2, "standard": 6, "exhaustive": 24}
 
 
 @pytest.mark.law("state-splits-at-any-token", cases=battery.relation_cases_at)
