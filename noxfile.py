@@ -108,13 +108,13 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def property_deep(session: nox.Session) -> None:
-    """Search long for a generated call that breaks a law, with new seeds each time: nox -s property_deep -- --impl NAME."""
+    """Search long, with new seeds, for a generated call that breaks a law: nox -s property_deep -- --impl NAME."""
     measure(session)
     law = ("--law", "generated-calls-match-reference", "--effort", "exhaustive", "--hypothesis-show-statistics")
     session.run("pytest", "--pyargs", "kda_conformance.suite", *law, *(session.posargs or ("--impl", "triton-chunk")))
 
 
-@nox.session
+@nox.session(default=False)
 def docs(session: nox.Session) -> None:
     """Check that the documents say what is there: commands, sessions, files, layout."""
     measure(session)
