@@ -78,7 +78,7 @@ LONG = tuple(
 WIDE = tuple(
     Case.parse(text)
     for text in (
-        "T=4096 K=128 V=128 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=80",
+        "T=4096 K=128 V=32 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=80",
         "T=4096 K=64 V=64 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 beta_max=2 seed=81",
         "T=300 H=2 G=4 K=60 V=100 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=82",
         "T=300 K=100 V=60 gate=mixed seed=83",

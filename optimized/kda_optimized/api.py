@@ -54,7 +54,7 @@ def chunk_kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: f
     Notes
     -----
     Deterministic; prefix-causal bit for bit; right for every legal gate, since decays only ever appear as exponentials of non-positive
-    differences. Dots take bfloat16 operands for bfloat16 inputs, tf32 for float16 and IEEE float32 for float32, with float32 accumulation.
+    differences. Dots take bfloat16 operands for bfloat16 inputs and IEEE float32 otherwise, with float32 accumulation.
 
     References
     ----------

@@ -22,7 +22,7 @@ from kda_optimized.backward_chunk import kda_chunk_bwd_chunk_kernel
 from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
 from kda_optimized.forward_prepare import kda_chunk_fwd_prepare_kernel
 from kda_optimized.forward_walk import kda_chunk_fwd_walk_kernel
-from kda_optimized.launch_config import chunk_length, table
+from kda_optimized.launch_config import table
 from kda_optimized.recurrent import kda_recurrent_fwd_kernel
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ HEADS = 16
 
 def constants(width: int, operand_bytes: int, bv: int) -> dict[str, Any]:
     """Return the compile-time constants of a training call with every activation in the kernel."""
-    length = chunk_length(64, operand_bytes, width)
+    length = next(e for e in table()["default"]["chunk"] if operand_bytes <= e["max_operand_bytes"] and width <= e["max_width"])["length"]
     plain = "tf32" if operand_bytes == 2 else "ieee"  # noqa: PLR2004 - bytes of a half
     return {
         "H": HEADS, "G": HEADS, "K": width, "V": width, "BT": length, "BK": width, "BV": bv or width, "NV": width // (bv or width),

@@ -129,13 +129,12 @@ def problem_of(inputs: KdaInputs) -> Problem:
     names = [*inputs.tensors()]
     inputs = inputs.replace(**{name: getattr(inputs, name).detach().contiguous() for name in names})
     half = inputs.q.dtype == torch.bfloat16
-    single = inputs.q.dtype == torch.float32
     dtype = torch.bfloat16 if half else torch.float32
     bk = padded(inputs.k.shape[3])
-    bt = chunk_length(inputs.chunk_size, dtype.itemsize, max(bk, padded(inputs.v.shape[3])))
-    # float16 holds neither v nor the state, so its operands stay float32 and dots take them as tf32, which has as many bits.
-    plain = "ieee" if single else "tf32"
-    return Problem(inputs, pack(inputs, bt), bt, bk, dtype, plain, plain, "ieee" if single else "tf32x3")
+    bt = chunk_length(inputs.chunk_size, inputs.q.device, dtype.itemsize, max(bk, padded(inputs.v.shape[3])))
+    # float16 holds neither v nor the state, so its operands stay float32 and its dots are those of float32.
+    plain, sums = ("tf32", "tf32x3") if half else ("ieee", "ieee")
+    return Problem(inputs, pack(inputs, bt), bt, bk, dtype, plain, plain, sums)
 
 
 def chunk_forward(inputs: KdaInputs, *, save: bool) -> tuple[Tensor, Tensor | None, Saved]:

@@ -54,15 +54,20 @@ def architecture(device: torch.device) -> str:
 
 def config_of(kernel: str, device: torch.device, operand_bytes: int, width: int) -> LaunchConfig:
     """Return the configuration of a kernel for operands of a size and a padded head width."""
-    entries = table()[architecture(device)][kernel]
-    for entry in entries:
-        if operand_bytes <= entry["max_operand_bytes"] and width <= entry["max_width"]:
-            return LaunchConfig(bv=entry.get("bv", 0), num_warps=entry["num_warps"], num_stages=entry["num_stages"])
-    message = f"the launch table must cover {kernel} at {operand_bytes} bytes and width {width}; run python -m kda_optimized.tune"
-    raise LookupError(message)
+    entry = _entry(kernel, device, operand_bytes, width)
+    return LaunchConfig(bv=entry.get("bv", 0), num_warps=entry["num_warps"], num_stages=entry["num_stages"])
 
 
-def chunk_length(wanted: int, operand_bytes: int, width: int) -> int:
+def chunk_length(wanted: int, device: torch.device, operand_bytes: int, width: int) -> int:
     """Return the chunk length kernels use: at most the one asked for, and such that tiles fit on chip."""
-    fits = 64 if operand_bytes * width <= 256 else 32 if operand_bytes * width <= 512 else 16  # noqa: PLR2004 - bytes per row
-    return min(max(wanted, 16), fits)
+    return min(wanted, int(_entry("chunk", device, operand_bytes, width)["length"]))
+
+
+def _entry(name: str, device: torch.device, operand_bytes: int, width: int) -> dict[str, Any]:
+    """Return the first entry, in the table's order, that covers an operand size and a width."""
+    for entry in table()[architecture(device)][name]:
+        if operand_bytes <= entry["max_operand_bytes"] and width <= entry["max_width"]:
+            found: dict[str, Any] = entry
+            return found
+    message = f"the launch table must cover {name} at {operand_bytes} bytes and width {width}; run python -m kda_optimized.tune"
+    raise LookupError(message)
