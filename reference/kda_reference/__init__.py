@@ -1,6 +1,7 @@
 """The float64 ground truth of Kimi Delta Attention, and the contract a call must meet.
 
-Reading order: ``recurrence.py`` (the definition, one screen), ``adjoint.py`` (its gradient), ``chunkwise.py`` (a second, independent formula),
+Reading order: ``recurrence.py`` (the definition, one screen), ``adjoint.py`` (its gradient), ``activations.py`` and
+``pullback.py`` (what may stand in front, and back through it), ``chunkwise.py`` (a second, independent formula),
 ``certificate.py`` (how far float64 may be off), ``oracle.py`` (the same equations at 60 digits).
 """
 

@@ -9,7 +9,10 @@ Within a chunk let ``G_r`` be the inclusive cumulative log decay, and ``M-`` the
     O  = scale [(exp(G) Q) S + M ((exp(G) Q)(exp(-G) K)^T) V']
     S <- Diag(exp(G_C)) S + (exp(G_C - G) K)^T V'
 
-``exp(-G)`` overflows for strong decay, so scores are formed from differences of G, masked before the exponential. Differentiable by autograd.
+``exp(-G)`` overflows for strong decay, and differences of G lose digits behind a gate that closed hard. So every
+exponent here is a direct sum of the log decays in between: never positive, and right for every gate.
+Differentiable by autograd.
+
 Dimension letters: N sequences, G value heads, T tokens, C chunk length, K key width, V value width.
 """
 
@@ -18,11 +21,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import pad
 
-from kda_reference.activations import L2_EPSILON, SOFTPLUS_THRESHOLD
+from kda_reference.activations import Operands, apply_activations
 from kda_reference.contract import KdaInputs, check_inputs
-from kda_reference.packing import SideBySide
+from kda_reference.packing import SideBySide, call_layout, initial_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,18 +34,27 @@ STRIP = 16
 
 
 def chunkwise_kda(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, dtype: torch.dtype = torch.float64, **options: Any  # noqa: ANN401
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,  # noqa: ANN401 - the remaining fields of KdaInputs
 ) -> tuple[Tensor, Tensor | None]:
     """Evaluate a call by the chunkwise form, in the public signature.
 
     Parameters
     ----------
-    q, k, v, g, beta
+    q, k, v, g, beta, scale
         As in :class:`kda_reference.KdaInputs`.
     dtype
         Dtype of all arithmetic.
     **options
-        Every other argument of :class:`kda_reference.KdaInputs`, by name; ``output_final_state`` is ``False`` unless given.
+        Every other argument of :class:`kda_reference.KdaInputs`, by name; ``output_final_state`` is ``False``
+        unless given.
 
     Returns
     -------
@@ -58,101 +70,73 @@ def chunkwise_kda(
 
     Notes
     -----
-    Cost O(T (K V + C K + C^2)) per head; ``chunk_size`` must be a multiple of 16.
+    Cost O(T (K V + C K + C^2)) per head. Prefix-causal: no token's output involves a later token.
 
     References
     ----------
     [KL] Kimi Linear technical report, Eqs. (2)-(9).
     """
-    inputs = KdaInputs(q=q, k=k, v=v, g=g, beta=beta, **{"output_final_state": False, **options})
+    inputs = KdaInputs(q=q, k=k, v=v, g=g, beta=beta, scale=scale, **{"output_final_state": False, **options})
     check_inputs(inputs)
     packing = SideBySide(inputs)
-    x = [packing.spread(operand) for operand in _activated(inputs, dtype)]
-    state = _initial_state(inputs, dtype)
-    o, state = _chunks(x, state, inputs.effective_scale, inputs.chunk_size)
+    x = Operands(*(packing.spread(operand) for operand in apply_activations(inputs, dtype)))
+    o, state = _chunks(x, initial_state(inputs, dtype), inputs.effective_scale, inputs.chunk_size)
     o = packing.gather(o).to(v.dtype)
     if not inputs.output_final_state:
         return o, None
-    state = state.transpose(-1, -2) if inputs.state_v_first else state
-    return o, state.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return o, call_layout(inputs, state).to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _activated(inputs: KdaInputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return q, k per value head, v, log decay and beta in ``dtype``, differentiably."""
-    q, k, v, g, beta = (tensor.to(dtype) for tensor in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta))
-    if inputs.use_qk_l2norm_in_kernel:
-        q, k = (tensor * (tensor.square().sum(-1, keepdim=True) + L2_EPSILON).rsqrt() for tensor in (q, k))
-    if inputs.use_gate_in_kernel:
-        if inputs.dt_bias is not None:
-            g = g + inputs.dt_bias.to(dtype).reshape(g.shape[2:])
-        slope = torch.ones((), dtype=dtype, device=g.device) if inputs.A_log is None else inputs.A_log.to(dtype).exp()[:, None]
-        if inputs.lower_bound is None:
-            threshold = SOFTPLUS_THRESHOLD if dtype == torch.float64 else SOFTPLUS_THRESHOLD / 10
-            g = -slope * softplus(g, threshold=threshold)
-        else:
-            g = inputs.lower_bound * torch.sigmoid(slope * g)
-    if inputs.use_beta_sigmoid_in_kernel:
-        beta = torch.sigmoid(beta) * (2.0 if inputs.allow_neg_eigval else 1.0)
-    group = v.shape[2] // q.shape[2]
-    return q.repeat_interleave(group, 2), k.repeat_interleave(group, 2), v, g, beta
-
-
-def _initial_state(inputs: KdaInputs, dtype: torch.dtype) -> Tensor:
-    if inputs.initial_state is None:
-        heads, k_width, v_width = inputs.v.shape[2], inputs.k.shape[3], inputs.v.shape[3]
-        return torch.zeros(inputs.num_sequences, heads, k_width, v_width, dtype=dtype, device=inputs.q.device)
-    state = inputs.initial_state.to(dtype)
-    return state.transpose(-1, -2) if inputs.state_v_first else state
-
-
-def _chunks(x: list[Tensor], state: Tensor, scale: float, chunk: int) -> tuple[Tensor, Tensor]:
-    num_tokens = x[2].shape[2]
+def _chunks(x: Operands, state: Tensor, scale: float, chunk: int) -> tuple[Tensor, Tensor]:
+    num_tokens = x.v.shape[2]
     num_chunks = -(-num_tokens // chunk)
     if num_chunks == 0:
-        return x[2], state
+        return x.v, state
 
     def chunked(tensor: Tensor) -> Tensor:
         widths = (0, 0) * (tensor.dim() - 3)
-        return pad(tensor, (*widths, 0, num_chunks * chunk - num_tokens)).unflatten(2, (num_chunks, chunk))
+        padded = pad(tensor, (*widths, 0, num_chunks * chunk - num_tokens))
+        return torch.unflatten(padded, 2, (num_chunks, chunk))
 
     q, k, v, log_decay, beta = (chunked(tensor) for tensor in x)
-    cumulative = log_decay.cumsum(-2)
-    last = cumulative[..., -1:, :]
-    scores_qk, scores_kk = _scores(q, k, cumulative)
-    identity = torch.eye(chunk, dtype=v.dtype, device=v.device)
-    lower = identity + (beta[..., None] * scores_kk).tril(-1)
+    scores_qk, scores_kk = _scores(q, k, log_decay)
+    lower = torch.eye(chunk, dtype=v.dtype, device=v.device) + (beta[..., None] * scores_kk).tril(-1)
     solved = torch.linalg.solve_triangular(lower, torch.diag_embed(beta), upper=False, unitriangular=True)
-    decayed = cumulative.exp()
-    w, u = solved @ (decayed * k), solved @ v
-    q_decayed, k_rest, chunk_decay = decayed * q, (last - cumulative).exp() * k, last.exp().transpose(-1, -2)
+    from_start = log_decay.cumsum(-2).exp()
+    w, u = solved @ (from_start * k), solved @ v
+    q_decayed, k_to_end = from_start * q, _later_sums(log_decay).exp() * k
+    chunk_decay = from_start[..., -1, :, None]
     outputs = []
     for n in range(num_chunks):
         pseudo = u[:, :, n] - w[:, :, n] @ state
         outputs.append(scale * (q_decayed[:, :, n] @ state + scores_qk[:, :, n] @ pseudo))
-        state = chunk_decay[:, :, n] * state + k_rest[:, :, n].transpose(-1, -2) @ pseudo
+        state = chunk_decay[:, :, n] * state + k_to_end[:, :, n].transpose(-1, -2) @ pseudo
     return torch.cat(outputs, 2)[:, :, :num_tokens], state
 
 
-def _scores(q: Tensor, k: Tensor, cumulative: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(exp(G) q)(exp(-G) k)^T`` and the same with k for q, lower triangles with diagonal, a strip of 16 rows at a time.
+def _scores(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``M ((exp(G) q)(exp(-G) k)^T)``, and the same with k for q, a strip of 16 rows at a time.
 
-    Keys before the strip are decayed to its first row, and the strip's rows from there on: both exponents are at most zero, and no row
-    depends on a later token. Within the strip every pair takes its own difference.
+    Keys before the strip decay up to its first row, and the strip's rows from there on, so that no row depends on a
+    later token. Within the strip every pair takes its own sum.
     """
     chunk = k.shape[-2]
-    rows_qk, rows_kk = [], []
+    rows_qk, rows_kk = list[torch.Tensor](), list[torch.Tensor]()
     for start in range(0, chunk, STRIP):
-        strip, past = slice(start, start + STRIP), slice(0, start)
-        inside, k_strip = cumulative[..., strip, :], k[..., strip, :]
-        length = inside.shape[-2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=k.device).tril()
-        difference = (inside[..., :, None, :] - inside[..., None, :, :]).masked_fill(~mask[..., None], 0)
-        pair = difference.exp() * k_strip[..., None, :, :]
-        reference = inside[..., :1, :]
-        raised = (inside - reference).exp()
-        lowered = ((reference - cumulative[..., past, :]).exp() * k[..., past, :]).transpose(-1, -2)
-        tail = (0, chunk - start - length)
-        for rows, queries in ((rows_qk, q[..., strip, :]), (rows_kk, k_strip)):
-            diagonal = (queries[..., :, None, :] * pair).sum(-1) * mask
-            rows.append(pad(torch.cat([(raised * queries) @ lowered, diagonal], -1), tail))
+        stop = min(start + STRIP, chunk)
+        k_strip, decay_strip = k[..., start:stop, :], log_decay[..., start:stop, :]
+        lower = torch.ones(stop - start, stop - start, dtype=torch.bool, device=k.device).tril()
+        after_column = decay_strip[..., :, None, :].masked_fill(~lower.tril(-1)[..., None], 0)
+        pairs = after_column.cumsum(-3).exp() * k_strip[..., None, :, :]
+        from_first = pad(decay_strip[..., 1:, :], (0, 0, 1, 0)).cumsum(-2).exp()
+        to_first = _later_sums(log_decay[..., : start + 1, :])[..., :-1, :].exp()
+        past = (to_first * k[..., :start, :]).transpose(-1, -2)
+        for rows, queries in ((rows_qk, q[..., start:stop, :]), (rows_kk, k_strip)):
+            inside = (queries[..., :, None, :] * pairs).sum(-1) * lower
+            rows.append(pad(torch.cat([(from_first * queries) @ past, inside], -1), (0, chunk - stop)))
     return torch.cat(rows_qk, -2), torch.cat(rows_kk, -2)
+
+
+def _later_sums(x: Tensor) -> Tensor:
+    """Return, for each row of ``[..., C, K]``, the sum of the rows after it."""
+    return pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)

@@ -209,7 +209,7 @@ def check_inputs(inputs: KdaInputs) -> None:
     FlagError
         If a flag misses its argument or excludes another.
     DomainError
-        If ``lower_bound`` or ``scale`` is out of range.
+        If ``lower_bound``, ``scale`` or ``chunk_size`` is out of range.
     """
     _check_shapes(inputs)
     _check_dtypes_and_devices(inputs)
@@ -249,11 +249,14 @@ def _check_shapes(inputs: KdaInputs) -> None:
         for axis, size in zip(axes, getattr(inputs, name).shape, strict=True):
             owner, expected = sizes.setdefault(axis, (name, size))
             if size != expected:
-                message = f"{name} must agree with {owner} on axis {axis}, got {size} against {expected}; pass tensors of one call"
+                message = (
+                    f"{name} must agree with {owner} on axis {axis}, got {size} against {expected}; "
+                    "pass tensors of one call"
+                )
                 raise ShapeError(message)
     (_, num_heads), (_, num_value_heads) = sizes["H"], sizes["G"]
     if num_heads == 0 or num_value_heads % num_heads:
-        message = f"v must have a multiple of q's {num_heads} heads, got {num_value_heads}; repeat or regroup the value heads"
+        message = f"v must have a multiple of q's {num_heads} heads, got {num_value_heads}; repeat or regroup heads"
         raise ShapeError(message)
     if sizes["K"][1] == 0 or sizes["V"][1] == 0:
         message = f"head widths must be positive, got K={sizes['K'][1]} and V={sizes['V'][1]}; pass a non-empty head"
@@ -262,7 +265,7 @@ def _check_shapes(inputs: KdaInputs) -> None:
     for name, expected_shape in per_head.items():
         tensor = getattr(inputs, name)
         if tensor is not None and tuple(tensor.shape) != expected_shape:
-            message = f"{name} must have shape {expected_shape}, got {tuple(tensor.shape)}; flatten it over the value heads"
+            message = f"{name} must have shape {expected_shape}, got {tuple(tensor.shape)}; flatten it over heads"
             raise ShapeError(message)
 
 
@@ -291,15 +294,18 @@ def _check_flags(inputs: KdaInputs) -> None:
             message = "A_log must be given with use_gate_in_kernel unless lower_bound is set, got None; pass A_log [G]"
             raise FlagError(message)
         if inputs.safe_gate and inputs.lower_bound is None:
-            message = "lower_bound must be given with safe_gate and use_gate_in_kernel, got None; pass a bound in [-5, 0)"
+            message = "lower_bound must be given with safe_gate and use_gate_in_kernel, got None; pass one in [-5, 0)"
             raise FlagError(message)
     else:
         for name in ("A_log", "dt_bias"):
             if getattr(inputs, name) is not None:
-                message = f"{name} must be None unless use_gate_in_kernel, got a tensor; set the flag or drop the argument"
+                message = f"{name} must be None unless use_gate_in_kernel, got a tensor; set the flag or drop it"
                 raise FlagError(message)
     if inputs.allow_neg_eigval and not inputs.use_beta_sigmoid_in_kernel:
-        message = "allow_neg_eigval must come with use_beta_sigmoid_in_kernel, got it alone; pass beta = 2 sigmoid(logit) or set the flag"
+        message = (
+            "allow_neg_eigval must come with use_beta_sigmoid_in_kernel, got it alone; "
+            "pass beta = 2 sigmoid(logit) or set the flag"
+        )
         raise FlagError(message)
     bound = inputs.lower_bound
     if bound is not None and not LOWEST_LOWER_BOUND <= bound < 0:
@@ -307,6 +313,9 @@ def _check_flags(inputs: KdaInputs) -> None:
         raise DomainError(message)
     if inputs.scale is not None and not math.isfinite(inputs.scale):
         message = f"scale must be finite, got {inputs.scale}; None means K ** -0.5"
+        raise DomainError(message)
+    if inputs.chunk_size < 1:
+        message = f"chunk_size must be positive, got {inputs.chunk_size}; 64 is the usual choice"
         raise DomainError(message)
 
 
@@ -340,7 +349,10 @@ def _check_state(inputs: KdaInputs) -> None:
         return
     if tuple(state.shape) != inputs.state_shape:
         layout = "[N, G, V, K]" if inputs.state_v_first else "[N, G, K, V]"
-        message = f"initial_state must have shape {layout} = {inputs.state_shape}, got {tuple(state.shape)}; check state_v_first"
+        message = (
+            f"initial_state must have shape {layout} = {inputs.state_shape}, got {tuple(state.shape)}; "
+            "check state_v_first"
+        )
         raise ShapeError(message)
     allowed = (torch.float32, torch.float64) if inputs.q.dtype == torch.float64 else (torch.float32,)
     if state.dtype not in allowed:

@@ -1,4 +1,4 @@
-"""Lay the independent sequences of a call side by side, aligned at their first tokens.
+"""Lay the independent sequences of a call side by side, aligned at their first tokens, and their states in one layout.
 
 Missing tokens at the end become identity tokens (k = q = v = 0, beta = 0, log decay 0), which pass a state through
 unchanged, so that one vectorised computation serves sequences of any lengths, empty ones included.
@@ -57,4 +57,16 @@ class SideBySide:
         """Undo :meth:`spread`."""
         lead = self.num_leading
         flat = x.transpose(lead + 1, lead + 2)[(slice(None),) * lead + self.position]
-        return flat.unflatten(lead, (self.batch, self.num_tokens))
+        return torch.unflatten(flat, lead, (self.batch, self.num_tokens))
+
+
+def initial_state(inputs: KdaInputs, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return ``S_0`` as ``[N, G, K, V]`` in ``dtype``, zeros when the call gives none."""
+    if inputs.initial_state is None:
+        return call_layout(inputs, torch.zeros(inputs.state_shape, dtype=dtype, device=inputs.q.device))
+    return call_layout(inputs, inputs.initial_state.to(dtype))
+
+
+def call_layout(inputs: KdaInputs, state: Tensor) -> Tensor:
+    """Turn a state ``[..., K, V]`` into the call's layout, or back: the two layouts are transposes of each other."""
+    return state.transpose(-1, -2) if inputs.state_v_first else state
