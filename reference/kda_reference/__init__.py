@@ -10,6 +10,7 @@ from kda_reference.certificate import Certified, certified_kda, certified_kda_vj
 from kda_reference.chunkwise import chunkwise_kda
 from kda_reference.contract import KdaGradients, KdaInputs, KdaResult, check_inputs, check_values
 from kda_reference.errors import DeviceError, DomainError, DtypeError, FlagError, KdaError, PackingError, ShapeError
+from kda_reference.oracle import OracleResult, oracle_gradient, oracle_jvp, oracle_kda
 from kda_reference.recurrence import recurrent_kda
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "KdaGradients",
     "KdaInputs",
     "KdaResult",
+    "OracleResult",
     "PackingError",
     "ShapeError",
     "certified_kda",
@@ -29,6 +31,9 @@ __all__ = [
     "check_inputs",
     "check_values",
     "chunkwise_kda",
+    "oracle_gradient",
+    "oracle_jvp",
+    "oracle_kda",
     "recurrent_kda",
     "recurrent_kda_vjp",
 ]
