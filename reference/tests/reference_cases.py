@@ -77,7 +77,7 @@ def keys(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     return normalize({"random": random, "repeated": repeated, "near": repeated + 0.05 * random}[kind], dim=-1)
 
 
-def make_inputs(  # noqa: C901 - one branch per flag of the contract
+def make_inputs(
     *,
     seed: int = 0,
     B: int = 1,

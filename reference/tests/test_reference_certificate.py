@@ -1,4 +1,4 @@
-"""The certified bounds hold against 60 digits, for outputs and gradients under every flag, and are tight enough to be of use."""
+"""The certified bounds hold against the oracle, for outputs and gradients under every flag, and are tight."""
 
 from __future__ import annotations
 

@@ -78,8 +78,9 @@ def test_mistakes_are_refused() -> None:
     inputs = make_inputs(T=3)
     with pytest.raises(ShapeError):
         oracle_kda(inputs.replace(k=inputs.k[:, :2]))
+    do, dfinal_state = cotangents(inputs)
     with pytest.raises(ShapeError):
-        oracle_gradient(inputs.replace(k=inputs.k[:, :2]), *cotangents(inputs), "v", (0, 0, 0, 0))
+        oracle_gradient(inputs.replace(k=inputs.k[:, :2]), do, dfinal_state, "v", (0, 0, 0, 0))
 
 
 def test_conversion_to_double_rounds_to_nearest() -> None:

@@ -1,0 +1,35 @@
+"""Cases are text: every battery case reads back as itself and draws the same call twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kda_conformance import battery, strategies
+from kda_conformance.cases import Case
+from kda_conformance.claims import Claims, UsageError
+from kda_reference import check_inputs, check_values
+
+
+@pytest.mark.parametrize("case", battery.cases_at("standard"), ids=str)
+def test_a_case_reads_back_and_is_a_legal_call(case: Case) -> None:
+    assert Case.parse(str(case)) == case
+    one, two = case.inputs(torch.bfloat16), case.inputs(torch.bfloat16)
+    check_inputs(one)
+    check_values(one)
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, two.tensors()[name])
+
+
+@given(data=st.data())
+def test_generated_cases_stay_within_the_claims(data: st.DataObject) -> None:
+    claims = Claims(packed=False, grouped_values=False, l2norm_in_kernel=False, max_k_width=16)
+    assert data.draw(strategies.cases(claims, "float16")).unclaimed(claims) is None
+
+
+@pytest.mark.parametrize("text", ["T", "T=x", "Z=3", "gate="])
+def test_a_wrong_case_is_bad_usage(text: str) -> None:
+    with pytest.raises(UsageError, match="case must be|must be a"):
+        Case.parse(text)
