@@ -1,4 +1,4 @@
-"""``python -m kda_reports errors ROWS... --out report.html``: render stored rows, measuring nothing."""
+"""The command ``python -m kda_reports``: turn rows into pages. Rendering never runs an implementation."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from typing import Annotated
 import typer
 
 from kda_reports.page import render_errors
-from kda_reports.rows import RowError, read_runs
+from kda_reports.rows import RowError, read_rows
 
-app = typer.Typer(help="Render reports from rows.", no_args_is_help=True, pretty_exceptions_enable=False)
-BAD_INPUT = 2
+USAGE = 2
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
-def reports() -> None:
-    """Keep the reports apart as commands."""
+def root() -> None:
+    """Turn rows into pages."""
 
 
 @app.command()
 def errors(
-    rows: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Rows files.")],
+    rows: Annotated[list[Path], typer.Argument(help="Rows files of conformance runs (JSONL).")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """Render the numerical error report."""
+    """Render the error report: who obeys which law, how close to the bound, where and why not."""
     try:
-        page = render_errors(read_runs(rows))
+        page = render_errors(read_rows(rows), [path.name for path in rows])
     except RowError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(BAD_INPUT) from error
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(USAGE) from error
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page)
+    out.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="python -m kda_reports")

@@ -1,48 +1,167 @@
-"""Charts as inline SVG: static, no script, colour-blind safe, with the bound drawn and named."""
+"""Charts: envelopes drawn as SVG, one small panel per tensor, to stand inside a page.
+
+Layout is explicit rather than fitted to text, so that the same envelopes give the same bytes whatever fonts are
+installed. The colours stand for themselves in a file of their own; inside the page, a style sheet maps each of them
+to one that suits its background.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import altair as alt
 import vl_convert
 
 if TYPE_CHECKING:
-    from kda_reports.errors import Point
+    from collections.abc import Sequence
 
-# Okabe and Ito's palette, without yellow: distinguishable by people with any common colour blindness, on white and on black.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKS = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
-INK = "#767676"
-PANEL_WIDTH, PANEL_HEIGHT = 330, 220
+    from kda_reports.envelopes import Panel, Series
+
+INK, GRID, LIMIT = "#1c1e21", "#d9dce1", "#b3261e"
+# Okabe and Ito's hues, darkened until small labels can be read on white; dashes tell the series apart without colour.
+COLOURS = ("#0067a5", "#a85b00", "#00755a", "#93457a", "#5b5f66", "#2e7fb0", "#7a6a00", "#bf4f6b")
+DASHES: tuple[list[float], ...] = ([1, 0], [5, 2], [1.5, 1.5], [7, 2, 1.5, 2], [3, 3], [9, 3], [1, 3], [5, 2, 1, 2])
+WIDTH, HEIGHT = 208, 150
+MARGIN = {"left": 38, "top": 8, "right": 118, "bottom": 34}
+FONT_SIZE, LABEL_STEP, LONGEST_LABEL = 9.5, 11, 22
+FLOOR, CEILING = 1e-2, 1e6
+ABOVE_THE_LINE = -6
+MOST_TICKS = 6
+VEGALITE = "6.4"
 
 
-def ratio_chart(points: list[Point], x_title: str) -> str:
-    """Return small multiples of error over bound, one panel per tensor group, as an SVG element; empty when there is nothing to draw."""
-    if not points:
-        return ""
-    names = list(dict.fromkeys(point.implementation for point in points))
-    rows = [{"implementation": p.implementation, "group": p.group, "x": p.x, "ratio": p.ratio} for p in points]
-    scale = alt.Scale(domain=names, range=[PALETTE[i % len(PALETTE)] for i in range(len(names))])
-    shape = alt.Scale(domain=names, range=[MARKS[i % len(MARKS)] for i in range(len(names))])
-    panels = []
-    for group in sorted({row["group"] for row in rows}, reverse=True):
-        data = alt.Data(values=[row for row in rows if row["group"] == group])
-        base = alt.Chart(data, title=str(group)).encode(
-            x=alt.X("x:Q", title=x_title, scale=alt.Scale(type="log")),
-            y=alt.Y("ratio:Q", title="error / bound", scale=alt.Scale(type="log")),
-            color=alt.Color("implementation:N", scale=scale, title=None, legend=alt.Legend(orient="bottom", columns=2)),
-        )
-        bound = alt.Chart(alt.Data(values=[{"y": 1.0, "label": "bound"}])).encode(y=alt.Y("y:Q"))
-        drawn = (
-            base.mark_line(strokeWidth=1.4)
-            + base.mark_point(size=26, filled=True, opacity=0.9).encode(shape=alt.Shape("implementation:N", scale=shape, title=None))
-            + bound.mark_rule(strokeDash=[5, 3], color=INK)
-            + bound.mark_text(align="left", dx=4, dy=-6, color=INK, fontSize=11).encode(x=alt.value(0), text="label:N")
-        )
-        panels.append(drawn.properties(width=PANEL_WIDTH, height=PANEL_HEIGHT))
-    chart = alt.hconcat(*panels).configure(background="transparent", font="system-ui, sans-serif").configure_axis(
-        labelColor=INK, titleColor=INK, gridOpacity=0.25, domainColor=INK, tickColor=INK
-    ).configure_legend(labelColor=INK, labelLimit=260).configure_title(color=INK, fontSize=13, anchor="start").configure_view(stroke=None)  # fmt: skip
-    svg: str = vl_convert.vegalite_to_svg(chart.to_json())
-    return svg
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """What the panels of one figure share.
+
+    Attributes
+    ----------
+    names
+        All implementations of the page, so that each keeps its colour and dash in every panel.
+    top
+        Upper end of the logarithmic error axis, which begins at ``FLOOR``.
+    x_title, x_domain, log_x
+        The horizontal axis; on a logarithmic one the domain is positive.
+    """
+
+    names: Sequence[str]
+    top: float
+    x_title: str
+    x_domain: tuple[float, float]
+    log_x: bool
+
+
+def top_of(panels: Sequence[Panel]) -> float:
+    """Return the power of ten above the bound and above every finite point, at most ``CEILING``."""
+    ratios = [ratio for panel in panels for series in panel.series for _, ratio in series.points]
+    largest = max((ratio for ratio in ratios if math.isfinite(ratio)), default=1.0)
+    return min(CEILING, float(10 ** max(1, math.ceil(math.log10(max(largest, 1.0))))))
+
+
+def draw(panel: Panel, frame: Frame) -> str:
+    """Draw one panel and return it as an ``<svg>`` element."""
+    x = alt.X("x:Q", title=frame.x_title, scale=_scale(frame.x_domain, log=frame.log_x), axis=_x_axis(frame))
+    y = alt.Y("y:Q", title=None, scale=_scale((FLOOR, frame.top), log=True), axis=_y_axis(frame.top))
+    colour = alt.Color("name:N", scale=_cycled(COLOURS, frame.names), legend=None)
+    dash = alt.StrokeDash("name:N", scale=_cycled(DASHES, frame.names), legend=None)
+    points = [point for series in panel.series for point in _points(series, frame)]
+    places = _apart(panel.series, frame.top)
+    labels = _of([{"name": name, "label": _short(name), "y": place} for name, place in places.items()])
+    limit = _of([{"y": 1.0, "label": "bound = 1"}])
+    text: dict[str, Any] = {"baseline": "middle", "fontSize": FONT_SIZE}
+    chart = alt.layer(
+        limit.mark_rule(color=LIMIT, strokeWidth=1.2).encode(y=y),
+        limit.mark_text(color=LIMIT, dy=ABOVE_THE_LINE, align="right", **text).encode(
+            x=alt.value(WIDTH - 2), y=y, text="label:N"
+        ),
+        _of(points).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, strokeDash=dash),
+        _of([point for point in points if not point["finite"]])
+        .mark_point(shape="triangle-up", filled=True, size=46, opacity=1)
+        .encode(x=x, y=y, color=colour),
+        labels.mark_rule(strokeWidth=1.5).encode(
+            x=alt.value(WIDTH + 4), x2=alt.value(WIDTH + 17), y=y, color=colour, strokeDash=dash
+        ),
+        labels.mark_text(align="left", **text).encode(x=alt.value(WIDTH + 21), y=y, text="label:N", color=colour),
+    )
+    chart = chart.properties(width=WIDTH, height=HEIGHT, padding=MARGIN, autosize="none")
+    chart = chart.configure(font="sans-serif", background="transparent", view=alt.ViewConfig(stroke="transparent"))
+    return str(vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=VEGALITE))
+
+
+def _of(values: list[dict[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=values))  # type: ignore[no-untyped-call]
+
+
+def _cycled(choices: Sequence[Any], names: Sequence[str]) -> alt.Scale:
+    return alt.Scale(domain=list(names), range=[choices[i % len(choices)] for i in range(len(names))])
+
+
+def _points(series: Series, frame: Frame) -> list[dict[str, Any]]:
+    return [
+        {"name": series.name, "x": x, "y": min(max(ratio, FLOOR), frame.top), "finite": math.isfinite(ratio)}
+        for x, ratio in series.points
+    ]
+
+
+def _scale(domain: tuple[float, float], *, log: bool) -> alt.Scale:
+    return alt.Scale(type="log" if log else "linear", domain=list(domain), nice=False, zero=False)
+
+
+def _x_axis(frame: Frame) -> alt.Axis:
+    style: dict[str, Any] = {
+        "grid": False,
+        "domainColor": GRID,
+        "tickColor": GRID,
+        "tickSize": 4,
+        "labelColor": INK,
+        "labelFontSize": FONT_SIZE,
+        "labelOverlap": False,
+        "titleColor": INK,
+        "titleFontSize": FONT_SIZE,
+        "titleFontWeight": "normal",
+    }
+    if not frame.log_x:
+        return alt.Axis(tickCount=4, **style)
+    return alt.Axis(values=_decades(*frame.x_domain), format="~g", **style)
+
+
+def _y_axis(top: float) -> alt.Axis:
+    return alt.Axis(
+        values=_decades(FLOOR, top),
+        format="~g",
+        domain=False,
+        ticks=False,
+        gridColor=GRID,
+        gridWidth=0.6,
+        labelColor=INK,
+        labelFontSize=FONT_SIZE,
+        labelOverlap=False,
+    )
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Return the powers of ten within a range, only the even ones when there are many."""
+    exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    return [10.0**exponent for exponent in exponents if len(exponents) <= MOST_TICKS or exponent % 2 == 0]
+
+
+def _apart(series: Sequence[Series], top: float) -> dict[str, float]:
+    """Return the height of each series' label on the error axis: its last point, moved until labels stand apart."""
+    low, high = math.log10(FLOOR), math.log10(top)
+    step = min(LABEL_STEP / HEIGHT, 1 / len(series)) * (high - low)
+    ends = sorted((math.log10(min(max(one.points[-1][1], FLOOR), top)), one.name) for one in series)
+    places: list[float] = []
+    for end, _ in ends:
+        places.append(max(end, places[-1] + step) if places else end)
+    # What was pushed beyond the top comes back down, and pushes its neighbours down in turn.
+    ceiling = high
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], ceiling)
+        ceiling = places[i] - step
+    return {name: 10**place for place, (_, name) in zip(places, ends, strict=True)}
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "~"

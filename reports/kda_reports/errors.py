@@ -1,136 +1,334 @@
-"""Turn runs into what the error report shows: a headline, a matrix, curves, worst cases. Pure: rows in, plain data out."""
+"""What the rows of a conformance run add up to: standings, the matrix of laws, broken laws, worst cases.
+
+An implementation passes only when its run was closed, its rows are all there, something was judged and nothing failed.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from kda_reports.rows import Measure, Run, Verdict
 
-WORST_SHOWN = 12
-FAILURES_SHOWN = 24
-CURVE_POINTS = 40
-SMALLEST_SHOWN = 1e-3
-LARGEST_SHOWN = 1e3
-OUTPUTS = ("o", "final_state")
+# What a cell shows when its tests differ: the first outcome of this list that occurs.
+GRAVEST_FIRST = ("fail", "error", "xfail", "pass", "may", "unclaimed")
+BROKEN = ("fail", "error")
+JUDGED = ("pass", "fail", "error", "xfail")
+NUM_NAMED = 4
+NUM_WORST = 12
+NUM_WORST_EACH = 3
+MANY_TIMES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How one implementation came out.
+
+    Attributes
+    ----------
+    name
+        What the implementation is called on the page; unique.
+    run
+        Its run.
+    status
+        ``pass``, ``fail``, ``incomplete`` or ``nothing``.
+    summary
+        A sentence or two that say why.
+    counts
+        Verdicts by outcome.
+    """
+
+    name: str
+    run: Run
+    status: str
+    summary: str
+    counts: Mapping[str, int]
+
+    @property
+    def is_decided(self) -> bool:
+        """Return whether anything is concluded about the implementation."""
+        return self.status in ("pass", "fail")
+
+    @property
+    def num_judged(self) -> int:
+        """Return how many of its tests were judged."""
+        return sum(self.counts[outcome] for outcome in JUDGED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One law and one implementation of the verdict matrix."""
+    """One law for one implementation.
+
+    Attributes
+    ----------
+    outcome
+        The gravest outcome of its tests; ``absent`` when none ran.
+    score
+        Largest error over bound among the tests of that outcome; ``None`` without a bound.
+    num_failed, num_judged, num_unclaimed
+        Tests that failed, were judged or recorded, and were not claimed.
+    """
 
     outcome: str
-    text: str
-    title: str
+    score: float | None
+    num_failed: int
+    num_judged: int
+    num_unclaimed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Headline:
-    """What is said first of one implementation."""
+class LawRow:
+    """One law and its cells, one per standing."""
 
-    implementation: str
-    version: str
-    outcome: str
-    sentence: str
-    worst: str
+    law: str
+    cells: Sequence[Cell]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One point of a curve: the largest error as a fraction of its bound near ``x``."""
+class Chapter:
+    """The laws of one test module."""
 
-    implementation: str
-    group: str
-    x: float
-    ratio: float
+    name: str
+    laws: Sequence[LawRow]
 
 
-def headline(run: Run) -> Headline:
-    """Return the verdict on one implementation, in a sentence."""
-    failed = {verdict.law for verdict in run.verdicts if verdict.outcome in ("fail", "error")}
-    laws = {verdict.law for verdict in run.verdicts if verdict.outcome != "unclaimed"}
-    unclaimed = {verdict.law for verdict in run.verdicts} - laws
-    tail = f"; {len(unclaimed)} laws not claimed" if unclaimed else ""
-    if run.exit == "incomplete":
-        outcome, sentence = "incomplete", f"did not finish: {len(run.verdicts)} tests ran"
-    elif not laws or run.exit == "nothing":
-        outcome, sentence = "nothing", "nothing was judged, which is no pass"
-    elif failed:
-        outcome, sentence = "fail", f"breaks {len(failed)} of {len(laws)} laws: {', '.join(sorted(failed))}{tail}"
-    elif run.exit != "pass":
-        outcome, sentence = "fail", "the run ended with an error although no law failed"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breach:
+    """One law that one implementation breaks, with the failure that says most.
+
+    Attributes
+    ----------
+    standing, position
+        The implementation, and its column in the matrix, from 1.
+    verdict
+        The failure with the largest score.
+    num_failed, num_judged
+        Tests of the law that failed, and that were judged.
+    """
+
+    standing: Standing
+    position: int
+    verdict: Verdict
+    num_failed: int
+    num_judged: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstCase:
+    """A measurement close to its bound or beyond it."""
+
+    standing: Standing
+    measure: Measure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Everything the page says, before it is drawn."""
+
+    headline: str
+    standings: Sequence[Standing]
+    chapters: Sequence[Chapter]
+    breaches: Sequence[Breach]
+    worst_cases: Sequence[WorstCase]
+    declared: Sequence[Breach]
+
+    @property
+    def num_laws(self) -> int:
+        """Return how many laws the rows name."""
+        return sum(len(chapter.laws) for chapter in self.chapters)
+
+
+def summarise(runs: Sequence[Run]) -> Summary:
+    """Add the runs up."""
+    standings = [_standing(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    return Summary(
+        headline=_headline(standings),
+        standings=standings,
+        chapters=_chapters(standings),
+        breaches=_breaches(standings, BROKEN),
+        worst_cases=_worst_cases(standings),
+        declared=_breaches(standings, ("xfail",)),
+    )
+
+
+def gravity(score: float | None) -> float:
+    """Return a score as a sort key: NaN is as grave as infinity, no score is the least."""
+    if score is None:
+        return -1.0
+    return math.inf if math.isnan(score) else score
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Return a name per run; what tells runs of one implementation apart is added to it."""
+    names = _told_apart([run.implementation for run in runs], [run.device for run in runs])
+    return _told_apart(names, [run.identifier for run in runs])
+
+
+def _told_apart(names: Sequence[str], marks: Sequence[str]) -> list[str]:
+    count = Counter(names)
+    return [f"{name} ({mark})" if count[name] > 1 else name for name, mark in zip(names, marks, strict=True)]
+
+
+def _standing(run: Run, name: str) -> Standing:
+    counts = Counter(verdict.outcome for verdict in run.verdicts)
+    status, summary = _status(run, counts)
+    return Standing(name=name, run=run, status=status, summary=summary, counts=counts)
+
+
+def _status(run: Run, counts: Counter[str]) -> tuple[str, str]:
+    broken = list(dict.fromkeys(verdict.law for verdict in run.verdicts if verdict.outcome in BROKEN))
+    num_laws = len({verdict.law for verdict in run.verdicts if verdict.outcome in JUDGED})
+    if broken:
+        return "fail", _failure(run, broken, num_laws)
+    if run.finish is None:
+        return "incomplete", f"The run stopped after {_count(len(run.verdicts), 'test')}. Nothing is concluded."
+    lost = [outcome for outcome, number in run.finish.counts.items() if counts[outcome] != number]
+    if lost:
+        told = ", ".join(f"{run.finish.counts[outcome]} {outcome}" for outcome in lost)
+        found = ", ".join(f"{counts[outcome]} {outcome}" for outcome in lost)
+        return "incomplete", f"Rows are missing: the run counted {told}; the file holds {found}. Nothing is concluded."
+    if run.finish.exit == "fail":
+        return "fail", "The run failed outside of any law; its log says where."
+    if run.finish.exit in ("usage", "nothing") or num_laws == 0:
+        why = (
+            "The run was refused as bad usage."
+            if run.finish.exit == "usage"
+            else "No law was judged, which is no pass."
+        )
+        return "nothing", why
+    laws = "the one law that applies" if num_laws == 1 else f"all {num_laws} laws that apply"
+    declared = f" apart from {_count(counts['xfail'], 'declared failure')}" if counts["xfail"] else ""
+    return "pass", f"Obeys {laws} to its claims{declared}. {_closest(run)}"
+
+
+def _failure(run: Run, broken: Sequence[str], num_laws: int) -> str:
+    named = broken
+    if len(broken) > NUM_NAMED + 1:
+        named = [*broken[:NUM_NAMED], f"{len(broken) - NUM_NAMED} more"]
+    rest = "" if run.finish else " The run did not finish, so there may be more."
+    return f"Breaks {len(broken)} of {_count(num_laws, 'law')}: {_listed(named)}. {_closest(run)}{rest}"
+
+
+def _closest(run: Run) -> str:
+    if not run.measures:
+        return "No error was measured against a bound."
+    worst = max(run.measures, key=lambda measure: gravity(measure.score))
+    if not math.isfinite(worst.score):
+        size = "not finite"
+    elif worst.score < MANY_TIMES:
+        size = f"{worst.score:.2f} of the bound"
     else:
-        outcome, sentence = "pass", f"keeps all {len(laws)} laws it claims, in {run.count('pass')} tests{tail}"
-    worst = max((measure.score for measure in run.measures), default=math.nan, key=_badness)
-    return Headline(
-        implementation=run.implementation, version=run.version, outcome=outcome, sentence=sentence,
-        worst="-" if math.isnan(worst) else f"{worst:.2f}",
-    )  # fmt: skip
+        size = f"{worst.score:,.0f} times the bound"
+    return f"Its largest error is {size}, in {worst.tensor} ({worst.law})."
 
 
-def matrix(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
-    """Return the verdicts by law, one cell per run; laws that someone breaks come first."""
-    laws = list(dict.fromkeys(verdict.law for run in runs for verdict in run.verdicts))
-    found = [(law, [_cell(run, law) for run in runs]) for law in laws]
-    return sorted(found, key=lambda entry: not any(cell.outcome == "fail" for cell in entry[1]))
+def _headline(standings: Sequence[Standing]) -> str:
+    number = Counter(standing.status for standing in standings)
+    total = len(standings)
+    if number["pass"] == total:
+        who = standings[0].name if total == 1 else f"All {total} implementations"
+        return f"{who} {_verb(total, 'obey')} every law judged."
+    parts = []
+    if failing := [standing.name for standing in standings if standing.status == "fail"]:
+        parts.append(f"{_listed(failing)} {_verb(len(failing), 'break')} at least one law")
+    if number["pass"]:
+        parts.append(f"{number['pass']} of {total} {_verb(number['pass'], 'obey')} every law judged")
+    if undecided := [standing.name for standing in standings if not standing.is_decided]:
+        parts.append(f"nothing is concluded about {_listed(undecided)}")
+    sentence = "; ".join(parts) + "."
+    # A sentence may begin with the name of an implementation, which is left as it is.
+    return "N" + sentence[1:] if len(parts) == 1 and undecided else sentence
 
 
-def _cell(run: Run, law: str) -> Cell:
-    verdicts = [verdict for verdict in run.verdicts if verdict.law == law]
-    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    worst = f"{max(scores, key=_badness):.2f}" if scores else ""
-    by_outcome = {name: sum(verdict.outcome == name for verdict in verdicts) for name in ("pass", "fail", "error", "xfail", "may", "unclaimed")}
-    title = ", ".join(f"{count} {name}" for name, count in by_outcome.items() if count) or "not run"
-    if by_outcome["fail"] or by_outcome["error"]:
-        return Cell(outcome="fail", text=f"FAIL {worst}".strip(), title=title)
-    if by_outcome["xfail"]:
-        return Cell(outcome="xfail", text=f"declared {worst}".strip(), title=title)
-    if by_outcome["pass"]:
-        return Cell(outcome="pass", text=worst or "pass", title=title)
-    if by_outcome["may"]:
-        return Cell(outcome="may", text="noted", title=title)
-    return Cell(outcome="unclaimed", text="not claimed" if by_outcome["unclaimed"] else "not run", title=title)
-
-
-def curve(runs: list[Run], axis: str) -> list[Point]:
-    """Return error over bound against ``token`` or ``decay``, the largest per implementation, tensor group and bin of a log axis."""
-    largest: dict[tuple[str, str, int], float] = {}
-    pairs = [(run.implementation, measure) for run in runs for measure in run.measures]
-    for implementation, measure in pairs:
-        group = "outputs" if measure.tensor in OUTPUTS else "gradients"
-        for x, ratio in measure.by_token if axis == "token" else measure.by_decay:
-            key = (implementation, group, _bin(x + 1))
-            largest[key] = max(largest.get(key, 0.0), min(max(ratio if not math.isnan(ratio) else math.inf, SMALLEST_SHOWN), LARGEST_SHOWN))
+def _chapters(standings: Sequence[Standing]) -> list[Chapter]:
+    """Return the laws by test module, in the order in which they ran first."""
+    chapters: dict[str, dict[str, None]] = {}
+    verdicts: list[dict[str, list[Verdict]]] = []
+    for standing in standings:
+        by_law: dict[str, list[Verdict]] = {}
+        for verdict in standing.run.verdicts:
+            chapters.setdefault(_chapter(verdict), {})[verdict.law] = None
+            by_law.setdefault(verdict.law, []).append(verdict)
+        verdicts.append(by_law)
     return [
-        Point(implementation=implementation, group=group, x=10 ** (place / 10), ratio=ratio)
-        for (implementation, group, place), ratio in sorted(largest.items())
+        Chapter(
+            name=name,
+            laws=[LawRow(law=law, cells=[_cell(by_law.get(law, [])) for by_law in verdicts]) for law in laws],
+        )
+        for name, laws in chapters.items()
     ]
 
 
-def _bin(x: float) -> int:
-    return round(10 * math.log10(max(x, 1.0)))
+def _chapter(verdict: Verdict) -> str:
+    module = verdict.test.partition("::")[0].rpartition("/")[2]
+    return module.removeprefix("test_").removesuffix(".py").replace("_", " ")
 
 
-def worst_measures(runs: list[Run]) -> list[tuple[str, Measure]]:
-    """Return the measurements closest to or furthest beyond their bounds, at most one per implementation, law and tensor."""
-    seen: dict[tuple[str, str, str], tuple[str, Measure]] = {}
-    pairs = [(run.implementation, measure) for run in runs for measure in run.measures]
-    for implementation, measure in sorted(pairs, key=lambda pair: -_badness(pair[1].score)):
-        seen.setdefault((implementation, measure.law, measure.tensor), (implementation, measure))
-    return list(seen.values())[:WORST_SHOWN]
+def _cell(verdicts: Sequence[Verdict]) -> Cell:
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    outcome = next((outcome for outcome in GRAVEST_FIRST if outcomes[outcome]), "absent")
+    scores = [verdict.score for verdict in verdicts if verdict.outcome == outcome and verdict.score is not None]
+    return Cell(
+        outcome=outcome,
+        score=max(scores, key=gravity, default=None),
+        num_failed=outcomes["fail"] + outcomes["error"],
+        num_judged=sum(outcomes[name] for name in (*JUDGED, "may")),
+        num_unclaimed=outcomes["unclaimed"],
+    )
 
 
-def failures(runs: list[Run]) -> list[tuple[str, Verdict]]:
-    """Return failed verdicts, one per implementation and law first."""
-    every = [(run.implementation, verdict) for run in runs for verdict in run.verdicts if verdict.outcome in ("fail", "error")]
-    first: dict[tuple[str, str], tuple[str, Verdict]] = {}
-    for implementation, verdict in every:
-        first.setdefault((implementation, verdict.law), (implementation, verdict))
-    return list(first.values())[:FAILURES_SHOWN]
+def _breaches(standings: Sequence[Standing], outcomes: tuple[str, ...]) -> list[Breach]:
+    breaches = []
+    for position, standing in enumerate(standings, start=1):
+        by_law: dict[str, list[Verdict]] = {}
+        for verdict in standing.run.verdicts:
+            if verdict.outcome in outcomes:
+                by_law.setdefault(verdict.law, []).append(verdict)
+        judged = Counter(verdict.law for verdict in standing.run.verdicts if verdict.outcome in JUDGED)
+        breaches += [
+            Breach(
+                standing=standing,
+                position=position,
+                verdict=max(verdicts, key=lambda verdict: gravity(verdict.score)),
+                num_failed=len(verdicts),
+                num_judged=judged[law],
+            )
+            for law, verdicts in by_law.items()
+        ]
+    return sorted(breaches, key=lambda breach: -gravity(breach.verdict.score))
 
 
-def _badness(score: float) -> float:
-    """Order scores with NaN as the worst."""
-    return math.inf if math.isnan(score) else score
+def _worst_cases(standings: Sequence[Standing]) -> list[WorstCase]:
+    """Return the worst measurement by law and tensor: a few of every implementation, then the worst of the rest."""
+    each: list[WorstCase] = []
+    rest: list[WorstCase] = []
+    for standing in standings:
+        worst: dict[tuple[str, str], Measure] = {}
+        for measure in standing.run.measures:
+            key = (measure.law, measure.tensor)
+            if key not in worst or gravity(measure.score) > gravity(worst[key].score):
+                worst[key] = measure
+        ordered = sorted(worst.values(), key=lambda measure: -gravity(measure.score))
+        cases = [WorstCase(standing=standing, measure=measure) for measure in ordered]
+        each += cases[:NUM_WORST_EACH]
+        rest += cases[NUM_WORST_EACH:]
+    rest.sort(key=lambda case: -gravity(case.measure.score))
+    chosen = each + rest[: max(0, NUM_WORST - len(each))]
+    return sorted(chosen, key=lambda case: -gravity(case.measure.score))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _verb(number: int, verb: str) -> str:
+    return f"{verb}s" if number == 1 else verb

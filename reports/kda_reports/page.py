@@ -1,39 +1,246 @@
-"""Render the error report: one HTML file that needs nothing else."""
+"""The error report: a summary and its charts as one HTML file that asks for nothing from anywhere.
+
+Rendering is pure: the same rows give the same bytes. Every time and version on the page comes from the rows.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from kda_reports import charts, errors
-from kda_reports.rows import Run, Verdict
+from kda_reports import charts
+from kda_reports.envelopes import SMALLEST_DECAY, decay_panels, token_panels
+from kda_reports.errors import summarise
+from kda_reports.glossary import GLOSSARY
 
-FINGERPRINT = ("python", "torch", "triton", "numpy", "platform", "cpu", "gpu", "commit", "dirty")
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kda_reports.envelopes import Panel
+    from kda_reports.errors import Cell, Standing
+    from kda_reports.rows import Run, Verdict
+
+INFINITE, NOT_A_NUMBER = "\N{INFINITY}", "NaN"
+SHADES = (0.1, 0.25, 0.5, 0.75)
+WORDS = {
+    "pass": "pass",
+    "fail": "fail",
+    "error": "error",
+    "xfail": "declared failure",
+    "unclaimed": "not claimed",
+    "may": "recorded only",
+    "absent": "not run",
+    "incomplete": "incomplete",
+    "nothing": "nothing judged",
+}
+SIGNS = {
+    "pass": "\N{CHECK MARK}",
+    "fail": "\N{MULTIPLICATION X}",
+    "error": "!",
+    "xfail": "\N{BLACK FLAG}",
+    "unclaimed": "\N{EN DASH}",
+    "may": "\N{WHITE CIRCLE}",
+    "absent": "",
+    "incomplete": "\N{HORIZONTAL ELLIPSIS}",
+    "nothing": "\N{EMPTY SET}",
+}
+LARGEST_WRITTEN_OUT = 1e5
+SMALLEST_SHOWN = 0.005
+LONGEST_MESSAGE = 1200
 
 
-def render_errors(runs: list[Run]) -> str:
-    """Return the page for some runs; the same rows give the same bytes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """Panels that share their axes, and what must be known to read them.
+
+    Attributes
+    ----------
+    identifier
+        Anchor on the page.
+    caption
+        What is plotted.
+    x_name
+        Column head of the position in the table beside each panel.
+    panels
+        Each with its drawing.
+    """
+
+    identifier: str
+    title: str
+    caption: str
+    x_name: str
+    panels: Sequence[tuple[Panel, Markup]]
+
+    @property
+    def num_measures(self) -> int:
+        """Return how many measured tensors the figure shows."""
+        return sum(series.num_measures for panel, _ in self.panels for series in panel.series)
+
+
+def render_errors(runs: Sequence[Run], sources: Sequence[str]) -> str:
+    """Render the error report.
+
+    Parameters
+    ----------
+    runs
+        What was read from the rows.
+    sources
+        Names of the rows files, as the page gives its data source.
+
+    Returns
+    -------
+    str
+        A complete HTML document.
+    """
+    summary = summarise(runs)
     environment = Environment(
-        loader=PackageLoader("kda_reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("kda_reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    headlines = [errors.headline(run) for run in runs]
-    by_token, by_decay = errors.curve(runs, "token"), errors.curve(runs, "decay")
+    environment.filters |= {
+        "ratio": format_ratio,
+        "significant": format_value,
+        "explained": explained,
+        "soft": soft_breaks,
+    }
     return environment.get_template("errors.html").render(
-        headlines=headlines,
-        num_pass=sum(entry.outcome == "pass" for entry in headlines),
-        runs=runs,
-        matrix=errors.matrix(runs),
-        figures=[
-            ("Error against token position", "token + 1", charts.ratio_chart(by_token, "token + 1 (log)"), by_token),
-            (
-                "Error against cumulative decay",
-                "nats + 1",
-                charts.ratio_chart(by_decay, "decay since the sequence began, mean over channels, nats + 1 (log)"),
-                by_decay,
-            ),
-        ],
-        worst=errors.worst_measures(runs),
-        failures=errors.failures(runs),
-        fingerprint_names=FINGERPRINT,
-        num_measures=sum(len(run.measures) for run in runs),
-        num_verdicts=sum(len(run.verdicts) for run in runs),
+        summary=summary,
+        figures=_figures(summary.standings),
+        cell_class=cell_class,
+        words=WORDS,
+        signs=SIGNS,
+        unbounded=(INFINITE, NOT_A_NUMBER),
+        colours=charts.COLOURS,
+        chart_ink={"ink": charts.INK, "grid": charts.GRID, "limit": charts.LIMIT},
+        glossary=GLOSSARY,
+        sources=sources,
+        commits=sorted({_commit(run) for run in runs}),
+        efforts=sorted({run.effort for run in runs}),
+        devices=sorted({run.device for run in runs}),
+        fingerprint_rows=_side_by_side([run.fingerprint for run in runs]),
+        claim_rows=_side_by_side([run.claims for run in runs]),
     )
+
+
+def format_ratio(score: float | None) -> str:
+    """Write an error as a fraction of its bound: two decimals near one, powers of ten far beyond."""
+    if score is None:
+        return ""
+    if math.isnan(score):
+        return NOT_A_NUMBER
+    if math.isinf(score):
+        return INFINITE
+    if score >= LARGEST_WRITTEN_OUT:
+        mantissa, _, exponent = f"{score:.0e}".partition("e+")
+        return f"{mantissa}e{int(exponent)}"
+    if 0 < score < SMALLEST_SHOWN:
+        return "<0.01"
+    return f"{score:.2f}" if score < 10 else f"{score:,.0f}"  # noqa: PLR2004 - where decimals cease to say anything
+
+
+def format_value(value: float) -> str:
+    """Write a number with six significant digits, so that got and expected can be told apart."""
+    return f"{value:.6g}"
+
+
+def explained(verdict: Verdict) -> str:
+    """Return a verdict's message without the command that stands beside it, cut to what a card can hold."""
+    message = verdict.message.replace(verdict.reproduction, "").rstrip() if verdict.reproduction else verdict.message
+    return message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + " [...]"
+
+
+def soft_breaks(name: str) -> Markup:
+    """Allow a line break after each hyphen, underscore and slash of a name."""
+    return Markup("<wbr>").join(re.split(r"(?<=[-_/])", name))
+
+
+def cell_class(cell: Cell) -> str:
+    """Return the style of a cell: its outcome, and for a pass how close to the bound it came."""
+    score = cell.score
+    if cell.outcome != "pass" or score is None:
+        return cell.outcome
+    return f"pass shade-{sum(score > limit for limit in SHADES)}"
+
+
+def _figures(standings: Sequence[Standing]) -> list[Figure]:
+    names = [standing.name for standing in standings]
+    tokens, decays = token_panels(standings), decay_panels(standings)
+    token_frame = charts.Frame(
+        names=names,
+        top=charts.top_of(tokens),
+        x_title="token",
+        x_domain=(0.0, max(_largest_x(tokens), 1.0)),
+        log_x=False,
+    )
+    decay_frame = charts.Frame(
+        names=names,
+        top=charts.top_of(decays),
+        x_title="accumulated decay (nats)",
+        x_domain=(SMALLEST_DECAY, max(_largest_x(decays), 1.0)),
+        log_x=True,
+    )
+    return [
+        Figure(
+            identifier="by-token",
+            title="Along the sequence",
+            caption="Largest error over bound at each token position: the maximum over all calls, heads and channels.",
+            x_name="first token",
+            panels=_drawn(tokens, token_frame),
+        ),
+        Figure(
+            identifier="by-decay",
+            title="Against accumulated decay",
+            caption="Largest error over bound against the decay accumulated since the sequence began, averaged over "
+            "channels (nats, logarithmic axis; the leftmost bin holds all that is less).",
+            x_name="decay from (nats)",
+            panels=_drawn(decays, decay_frame),
+        ),
+    ]
+
+
+def _drawn(panels: Sequence[Panel], frame: charts.Frame) -> list[tuple[Panel, Markup]]:
+    # The only foreign text in a drawing are names of implementations, which the renderer escapes.
+    return [(panel, Markup(_without_namespaces(charts.draw(panel, frame)))) for panel in panels]  # noqa: S704
+
+
+def _largest_x(panels: Sequence[Panel]) -> float:
+    return max((x for panel in panels for series in panel.series for x, _ in series.points), default=0.0)
+
+
+def _without_namespaces(svg: str) -> str:
+    """Drop the namespace addresses, which an SVG inside HTML does not need: the page then holds no address at all."""
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
+
+
+def _commit(run: Run) -> str:
+    commit = run.fingerprint.get("commit")
+    if not commit:
+        return "of an installed copy unknown"
+    return f"{str(commit)[:10]}{' with changes' if run.fingerprint.get('dirty') else ''}"
+
+
+def _side_by_side(mappings: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str]]]:
+    """Return one row per key of any mapping, in order of first appearance, with a value for each."""
+    keys = dict.fromkeys(key for mapping in mappings for key in mapping)
+    return [(key.replace("_", " "), [_plain(mapping.get(key)) for mapping in mappings]) for key in keys]
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return SIGNS["unclaimed"]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return str(value)

@@ -1,33 +1,56 @@
-"""Read the rows of conformance runs, strictly: a line that is not what the schema says is an error, not a gap in the report."""
+"""Rows: what a conformance run left behind, read strictly.
+
+A rows file holds one JSON object a line, and ``kind`` says which: ``run`` opens the run of one implementation,
+``verdict`` is the outcome of one test, ``measure`` is one tensor against its bound, ``finish`` closes the run.
+Non-finite numbers are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. A field this reader does not know is ignored,
+so that rows may grow within a schema version; a missing or misshapen one is an error that names the line.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 SCHEMA = 1
 OUTCOMES = ("pass", "fail", "error", "xfail", "unclaimed", "may")
+EXITS = ("pass", "fail", "nothing", "usage")
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+Value = TypeVar("Value")
 
 
 class RowError(ValueError):
-    """A rows file does not follow the schema, or holds nothing."""
+    """A rows file does not say what a rows file must; the text names the file and the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The outcome of one test of a law."""
+    """The outcome of one test.
+
+    Attributes
+    ----------
+    law, test, case, dtype, precision
+        What was judged: law, pytest node id, case text, input dtype, claimed arithmetic class.
+    outcome
+        One of ``OUTCOMES``. ``may`` is recorded and never fails; ``unclaimed`` is never a pass.
+    score
+        Largest error as a fraction of its bound (dimensionless); ``None`` when the law has no bound.
+    message
+        Why it failed or was not run; empty for a pass.
+    reproduction
+        The command that runs it again; may be empty.
+    """
 
     law: str
     test: str
     case: str
     dtype: str
+    precision: str
     outcome: str
     score: float | None
     message: str
@@ -36,7 +59,23 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """How one tensor of one call compared with its budget; ``score`` is the error as a fraction of its bound."""
+    """One tensor of one test against its bound.
+
+    Attributes
+    ----------
+    score
+        Largest of three statistics, each as a fraction of its limit; at most 1 passes.
+    relative_error
+        Frobenius norm of the error over that of the value; for information.
+    index, got, expected, bound
+        The worst element, by axis name, and the largest error it may have.
+    by_token
+        ``(first token of a bin, largest error over bound in it)``.
+    by_decay
+        ``(decay accumulated since the sequence began in nats, largest error over bound there)``.
+    regime
+        Name of the gate regime.
+    """
 
     law: str
     case: str
@@ -45,107 +84,222 @@ class Measure:
     tensor: str
     score: float
     relative_error: float
-    index: dict[str, int]
+    index: Mapping[str, int]
     got: float
     expected: float
     bound: float
-    by_token: list[tuple[float, float]]
-    by_decay: list[tuple[float, float]]
+    by_token: tuple[tuple[float, float], ...]
+    by_decay: tuple[tuple[float, float], ...]
     regime: str
     reproduction: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The closing row of a run: ``exit`` is one of ``EXITS``, ``counts`` are verdicts by outcome."""
+
+    exit: str
+    counts: Mapping[str, int]
+    seconds: float
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """One implementation judged once.
+    """One implementation judged once, with everything its rows say.
 
     Attributes
     ----------
-    exit
-        How the run ended: ``pass``, ``fail``, ``nothing``; ``incomplete`` when its closing row is missing.
+    identifier
+        What the rows of the run have in common.
+    started
+        ISO time.
+    fingerprint
+        Machine, library versions, commit and dirty flag.
+    finish
+        ``None`` when the run did not end properly.
     """
 
-    run: str
+    identifier: str
     implementation: str
     version: str
     effort: str
     started: str
     device: str
-    claims: dict[str, Any]
-    fingerprint: dict[str, Any]
-    exit: str = "incomplete"
-    seconds: float = 0.0
+    claims: Mapping[str, object]
+    fingerprint: Mapping[str, object]
     verdicts: list[Verdict] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=list)
-
-    def count(self, outcome: str) -> int:
-        """Return how many verdicts have an outcome."""
-        return sum(verdict.outcome == outcome for verdict in self.verdicts)
+    finish: Finish | None = None
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read all runs of some rows files, in the order they began.
+def read_rows(paths: Iterable[Path]) -> list[Run]:
+    """Read rows files, one after the other.
+
+    Returns
+    -------
+    list[Run]
+        The runs, in the order in which they were opened.
 
     Raises
     ------
     RowError
-        If a line is no JSON object of a known kind, lacks a field, belongs to no run, or there is no run at all.
+        If a file cannot be read, a line is no row, a row belongs to no open run, or there is no run at all.
     """
     runs: dict[str, Run] = {}
+    names = []
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            try:
-                _take(runs, json.loads(line, parse_constant=_refuse))
-            except (KeyError, TypeError, ValueError) as error:
-                message = f"row {number} of {path} must follow schema {SCHEMA}, got {type(error).__name__}: {error}; write it again"
-                raise RowError(message) from error
+        names.append(path.name)
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"rows file must be readable text, got {error}; run `kda verify` to make one"
+            raise RowError(message) from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                _take(_Row.parse(line, f"{path.name} line {number}"), runs)
     if not runs:
-        message = f"rows must hold at least one run, got none in {[str(path) for path in paths]}; an empty run is no pass"
+        message = (
+            f"rows must hold at least one run, got none in {', '.join(names) or 'no file'}; nothing run is no pass"
+        )
         raise RowError(message)
     return list(runs.values())
 
 
-def _take(runs: dict[str, Run], row: dict[str, Any]) -> None:
-    kind = row["kind"]
+def _take(row: _Row, runs: dict[str, Run]) -> None:
+    kind, identifier = row.get("kind", str), row.get("run", str)
     if kind == "run":
-        if row["schema"] != SCHEMA:
-            message = f"schema must be {SCHEMA}, got {row['schema']}"
-            raise ValueError(message)
-        names = ("run", "implementation", "version", "effort", "started", "device", "claims", "fingerprint")
-        runs[row["run"]] = Run(**{name: row[name] for name in names})
+        if identifier in runs:
+            raise row.error("run", "be opened once", f"{identifier!r} again")
+        runs[identifier] = _run(row, identifier)
         return
-    run = runs[row["run"]]
-    if kind == "finish":
-        run.exit, run.seconds = row["exit"], float(row["seconds"])
-    elif kind == "verdict":
-        if row["outcome"] not in OUTCOMES:
-            message = f"outcome must be one of {OUTCOMES}, got {row['outcome']!r}"
-            raise ValueError(message)
-        score = None if row["score"] is None else _number(row["score"])
-        names = ("law", "test", "case", "dtype", "outcome", "message", "reproduction")
-        run.verdicts.append(Verdict(**{name: row[name] for name in names}, score=score))
+    if kind not in ("verdict", "measure", "finish"):
+        raise row.error("kind", "be run, verdict, measure or finish", repr(kind))
+    if identifier not in runs:
+        raise row.error("run", "be opened by a run row before it is used", repr(identifier))
+    run = runs[identifier]
+    if run.finish is not None:
+        raise row.error("run", "have no rows after its finish row", f"a {kind} row of {identifier!r}")
+    if kind == "verdict":
+        run.verdicts.append(_verdict(row))
     elif kind == "measure":
-        names = ("law", "case", "dtype", "precision", "tensor", "regime", "reproduction")
-        worst = row["worst"]
-        run.measures.append(
-            Measure(
-                **{name: row[name] for name in names},
-                **{name: _number(row[name]) for name in ("score", "relative_error")},
-                **{name: _number(worst[name]) for name in ("got", "expected", "bound")},
-                index=worst["index"],
-                by_token=[(_number(x), _number(y)) for x, y in row["by_token"]],
-                by_decay=[(_number(x), _number(y)) for x, y in row["by_decay"]],
-            )
-        )
+        run.measures.append(_measure(row))
     else:
-        message = f"kind must be run, verdict, measure or finish, got {kind!r}"
-        raise ValueError(message)
+        run.finish = Finish(exit=row.one_of("exit", EXITS), counts=row.counts("counts"), seconds=row.number("seconds"))
 
 
-def _number(value: float | str) -> float:
-    return NON_FINITE[value] if isinstance(value, str) else float(value)
+def _run(row: _Row, identifier: str) -> Run:
+    schema = row.get("schema", int)
+    if schema != SCHEMA:
+        raise row.error("schema", f"be {SCHEMA}", str(schema))
+    return Run(
+        identifier=identifier,
+        implementation=row.get("implementation", str),
+        version=row.get("version", str),
+        effort=row.get("effort", str),
+        started=row.get("started", str),
+        device=row.get("device", str),
+        claims=row.get("claims", dict),
+        fingerprint=row.get("fingerprint", dict),
+    )
 
 
-def _refuse(constant: str) -> float:
-    message = f"{constant} must be written as a string"
+def _verdict(row: _Row) -> Verdict:
+    return Verdict(
+        law=row.get("law", str),
+        test=row.get("test", str),
+        case=row.get("case", str),
+        dtype=row.get("dtype", str),
+        precision=row.get("precision", str),
+        outcome=row.one_of("outcome", OUTCOMES),
+        score=None if row.get("score", object) is None else row.number("score"),
+        message=row.get("message", str),
+        reproduction=row.get("reproduction", str),
+    )
+
+
+def _measure(row: _Row) -> Measure:
+    worst = row.inner("worst")
+    return Measure(
+        law=row.get("law", str),
+        case=row.get("case", str),
+        dtype=row.get("dtype", str),
+        precision=row.get("precision", str),
+        tensor=row.get("tensor", str),
+        score=row.number("score"),
+        relative_error=row.number("relative_error"),
+        index=worst.counts("index"),
+        got=worst.number("got"),
+        expected=worst.number("expected"),
+        bound=worst.number("bound"),
+        by_token=row.pairs("by_token"),
+        by_decay=row.pairs("by_decay"),
+        regime=row.get("regime", str),
+        reproduction=row.get("reproduction", str),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One JSON object whose fields are taken out with their types checked."""
+
+    fields: Mapping[str, object]
+    where: str
+
+    @classmethod
+    def parse(cls, line: str, where: str) -> _Row:
+        try:
+            found = json.loads(line, parse_constant=_refuse_constant)
+        except ValueError as error:
+            message = f"{where} must be a JSON object, got {error}; the file may be torn at its end"
+            raise RowError(message) from error
+        if not isinstance(found, dict):
+            message = f"{where} must be a JSON object, got {type(found).__name__}; each line is one row"
+            raise RowError(message)
+        return cls(found, where)
+
+    def error(self, name: str, rule: str, got: str) -> RowError:
+        return RowError(f"{self.where}: {name} must {rule}, got {got}; write the rows again with a matching suite")
+
+    def get(self, name: str, wanted: type[Value]) -> Value:
+        if name not in self.fields:
+            raise self.error(name, "be present", f"a row with {', '.join(sorted(self.fields)) or 'no fields'}")
+        value = self.fields[name]
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise self.error(name, f"be of type {wanted.__name__}", repr(value))
+        return value
+
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
+        value = self.get(name, str)
+        if value not in allowed:
+            raise self.error(name, f"be one of {', '.join(allowed)}", repr(value))
+        return value
+
+    def number(self, name: str) -> float:
+        return self._number(name, self.get(name, object))
+
+    def _number(self, name: str, value: object) -> float:
+        if isinstance(value, str) and value in NON_FINITE:
+            return NON_FINITE[value]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(name, "be a number, nan, inf or -inf", repr(value))
+        return float(value)
+
+    def inner(self, name: str) -> _Row:
+        return _Row(self.get(name, dict), f"{self.where}, {name}")
+
+    def counts(self, name: str) -> dict[str, int]:
+        inner = self.inner(name)
+        return {key: inner.get(key, int) for key in inner.fields}
+
+    def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
+        found = []
+        for pair in self.get(name, list):
+            if not isinstance(pair, list) or len(pair) != 2:  # noqa: PLR2004 - a pair
+                raise self.error(name, "hold pairs", repr(pair))
+            found.append((self._number(name, pair[0]), self._number(name, pair[1])))
+        return tuple(found)
+
+
+def _refuse_constant(name: str) -> float:
+    message = f"the bare constant {name}; non-finite numbers are written as strings"
     raise ValueError(message)
