@@ -12,8 +12,8 @@ from reference_cases import GATES, VARIANTS, cotangents, make_inputs  # type: ig
 from torch import Tensor
 
 
-def run(inputs: KdaInputs, **changes: Any) -> tuple[Tensor, Tensor]:
-    o, final_state = chunkwise_kda(**(inputs.keywords() | changes))
+def run(inputs: KdaInputs, dtype: torch.dtype = torch.float64, **changes: int) -> tuple[Tensor, Tensor]:
+    o, final_state = chunkwise_kda(**inputs.replace(**changes).keywords(), dtype=dtype)
     assert final_state is not None
     return o, final_state
 
@@ -22,9 +22,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - expected).abs().max() / expected.abs().max())
 
 
-def gradients_of(inputs: KdaInputs, do: Tensor, dfinal_state: Tensor, **changes: Any) -> dict[str, Tensor]:
+def gradients_of(
+    inputs: KdaInputs, do: Tensor, dfinal_state: Tensor, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.tensors().items()}
-    o, final_state = run(inputs.replace(**leaves), **changes)
+    o, final_state = run(inputs.replace(**leaves), dtype)
     loss = (o * do).sum() + (final_state * dfinal_state).sum()
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
@@ -45,7 +47,7 @@ def test_every_gate_gives_the_gradients_of_the_recurrence(gate: str, chunk_size:
     inputs = make_inputs(T=100, K=8, V=4, gate=gate, beta=(0, 2))
     do, dfinal_state = cotangents(inputs)
     expected = certified_kda_vjp(inputs, do, dfinal_state).value
-    for name, gradient in gradients_of(inputs, do, dfinal_state, chunk_size=chunk_size).items():
+    for name, gradient in gradients_of(inputs.replace(chunk_size=chunk_size), do, dfinal_state).items():
         scale = expected[GRADIENT_NAMES[name]].abs().max()
         assert (gradient - expected[GRADIENT_NAMES[name]]).abs().max() <= 1e-12 * scale, name
 

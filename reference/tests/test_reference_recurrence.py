@@ -1,4 +1,4 @@
-"""The recurrence keeps the contract: layouts, packing, heads, splitting, and the operators it contains as special cases.
+"""The recurrence keeps the contract: layouts, packing, heads, splitting, and the operators it contains.
 
 Two ways to the same exact result may differ by the sum of their certified errors, and by no more.
 """
@@ -21,7 +21,7 @@ def final_state(inputs: KdaInputs) -> Tensor:
     return found
 
 
-def tokens(inputs: KdaInputs, start: int, stop: int, **changes: Any) -> KdaInputs:
+def tokens(inputs: KdaInputs, start: int, stop: int, **changes: Tensor | None) -> KdaInputs:
     cut = {name: getattr(inputs, name)[:, start:stop] for name in ("q", "k", "v", "g", "beta")}
     return inputs.replace(**cut, **changes)
 
@@ -194,12 +194,8 @@ def test_the_step_is_diagonal_plus_low_rank() -> None:
 def test_one_chunk_has_the_parallel_form() -> None:
     inputs = make_inputs(T=10)
     assert inputs.initial_state is not None
-    q, k, v, beta, state = (
-        x[0, ..., 0, :]
-        for x in (inputs.q, inputs.k, inputs.v, inputs.beta[..., None], inputs.initial_state.transpose(1, 2))
-    )
-    state = inputs.initial_state[0, 0]
-    decay = inputs.g[0, :, 0].cumsum(0).exp()
+    q, k, v, beta = (x[0, :, 0] for x in (inputs.q, inputs.k, inputs.v, inputs.beta[..., None]))
+    state, decay = inputs.initial_state[0, 0], inputs.g[0, :, 0].cumsum(0).exp()
     erased = torch.linalg.inv(torch.eye(10, dtype=torch.float64) + (beta * (decay * k) @ (k / decay).T).tril(-1))
     pseudo = erased @ (beta * (v - (decay * k) @ state))
     expected = inputs.effective_scale * ((decay * q) @ state + ((decay * q) @ (k / decay).T).tril() @ pseudo)
