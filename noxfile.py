@@ -114,12 +114,5 @@ def property_deep(session: nox.Session) -> None:
     session.run("pytest", "--pyargs", "kda_conformance.suite", *law, *(session.posargs or ("--impl", "triton-chunk")))
 
 
-@nox.session(default=False)
-def docs(session: nox.Session) -> None:
-    """Check that the documents say what is there: commands, sessions, files, layout."""
-    measure(session)
-    session.run("pytest", "docs/tests", *session.posargs)
-
-
 if __name__ == "__main__":
     nox.main()
