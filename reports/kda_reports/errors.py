@@ -22,7 +22,7 @@ JUDGED = ("pass", "fail", "error", "xfail")
 NUM_NAMED = 4
 NUM_WORST = 12
 NUM_WORST_EACH = 3
-MANY_TIMES = 10
+SMALL_SHARE, MANY_TIMES = 0.01, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +220,8 @@ def _closest(run: Run) -> str:
     worst = max(run.measures, key=lambda measure: gravity(measure.score))
     if not math.isfinite(worst.score):
         size = "not finite"
+    elif worst.score < SMALL_SHARE:
+        size = f"below {SMALL_SHARE} of the bound"
     elif worst.score < MANY_TIMES:
         size = f"{worst.score:.2f} of the bound"
     else:

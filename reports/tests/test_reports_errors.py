@@ -53,6 +53,21 @@ def test_a_complete_run_without_failures_passes(summary_of: SummaryOf) -> None:
     assert "0.50 of the bound, in o (one)" in summary.standings[0].summary
 
 
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [
+        (0.004, "below 0.01 of the bound"),
+        (0.434, "0.43 of the bound"),
+        (9.994, "9.99 of the bound"),
+        (5394.9, "5,395 times the bound"),
+        (math.nan, "not finite"),
+    ],
+)
+def test_the_largest_error_is_told_in_words(summary_of: SummaryOf, score: float, text: str) -> None:
+    rows = [verdict_row("a", "one"), measure_row("a", "one", "o", 0.001), measure_row("a", "two", "dq", score)]
+    assert f"Its largest error is {text}, in dq (two)." in summary_of(closed("a", rows)).standings[0].summary
+
+
 @pytest.mark.parametrize("outcome", ["fail", "error"])
 def test_one_broken_law_fails_an_implementation(summary_of: SummaryOf, outcome: str) -> None:
     summary = summary_of(closed("a", [verdict_row("a", "one"), verdict_row("a", "two", outcome)]))
