@@ -71,6 +71,12 @@ def test_a_decay_lies_in_its_bin(nats: float) -> None:
     assert decay_bin(low) == pytest.approx(low)
 
 
+@pytest.mark.parametrize("quarter", range(-11, 24))
+def test_an_edge_belongs_to_the_bin_it_opens(quarter: int) -> None:
+    edge = 10.0 ** (quarter / 4)
+    assert decay_bin(edge) == edge
+
+
 def test_a_table_has_a_row_for_every_position_of_any_series() -> None:
     one = Series(name="a", points=[(0, 0.1), (2, 0.3)], num_measures=1)
     two = Series(name="b", points=[(1, 0.2), (2, 0.4)], num_measures=1)
