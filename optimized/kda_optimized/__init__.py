@@ -1,19 +1,16 @@
-"""Triton kernels of Kimi Delta Attention, call-compatible with ``fla.ops.kda``.
+"""Kimi Delta Attention in Triton: chunkwise forward and backward, and a fused recurrence.
 
-On a CUDA device they run natively. Where there is none they run in Triton's interpreter, which has to be chosen before Triton is
-imported; importing this package does so, and repairs what the interpreter gets wrong about bfloat16.
+Both functions take the arguments of ``fla.ops.kda`` and meet the contract of :mod:`kda_reference.contract`. On a machine
+without a CUDA device the same kernels run in Triton's interpreter, which has to be chosen before Triton is imported;
+importing this package does so, and repairs what the interpreter gets wrong about bfloat16.
 """
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from kda_optimized import interpreter
-from kda_optimized.api import chunk_kda, fused_recurrent_kda
 
-interpreter.repair()
+interpreter.choose_mode()
+if interpreter.is_interpreted():
+    interpreter.repair()
+
+from kda_optimized.api import chunk_kda, fused_recurrent_kda  # noqa: E402 - Triton's mode is decided first
 
 __all__ = ["chunk_kda", "fused_recurrent_kda"]

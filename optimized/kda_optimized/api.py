@@ -1,6 +1,7 @@
-"""The public functions: argument checks, the shape of a call, and the derivative.
+"""The public functions: argument checks and the derivative.
 
-Reading order of the kernels: ``forward_prepare``, ``forward_walk``, ``backward_walk``, ``backward_chunk``, ``recurrent``.
+Reading order of the kernels: ``chunks`` and ``products``, ``forward_prepare``, ``forward_walk``, ``backward_walk``, ``backward_chunk``,
+``recurrent``; ``chunkwise`` launches them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from kda_reference.contract import KdaInputs, check_inputs
-from kda_reference.errors import DeviceError, DomainError, DtypeError
+from kda_reference.errors import DomainError, DtypeError
 
-from kda_optimized import launch
+from kda_optimized.chunkwise import chunk_backward, chunk_forward, recurrent_forward
+from kda_optimized.interpreter import check_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,108 +22,150 @@ MAX_WIDTH = 256
 DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 
-def chunk_kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
-    """Evaluate Kimi Delta Attention chunk by chunk, forward and backward.
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,  # noqa: FBT001, FBT002 - the public interface
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Evaluate Kimi Delta Attention chunk by chunk; differentiable in every tensor.
+
+    Arguments are those of :class:`kda_reference.contract.KdaInputs`, under the same names; what is particular to this
+    implementation:
 
     Parameters
     ----------
-    q, k
-        Queries and keys ``[B, T, H, K]``, bfloat16, float16 or float32; K in 1..256.
-    v
-        Values ``[B, T, G, V]`` of the same dtype, G a multiple of H.
-    g
-        Log decay in nats ``[B, T, G, K]``, in ``(-inf, 0]``, or a gate logit with ``use_gate_in_kernel``; any of the dtypes above.
-    beta
-        Write strength ``[B, T, G]`` in ``[0, 2]``, or its logit with ``use_beta_sigmoid_in_kernel``; any of the dtypes above.
-    scale
-        Factor on the queries (dimensionless); ``None`` means ``K ** -0.5``.
-    **options
-        The other arguments of :class:`kda_reference.KdaInputs`, by name. ``output_final_state`` is ``False`` unless given;
-        ``chunk_size`` is an upper limit of the chunk length used.
+    q, k, v
+        bfloat16, float16 or float32, all three alike; K and V in 1..256. Any strides.
+    g, beta
+        bfloat16, float16 or float32, whatever q is.
+    output_final_state
+        ``False`` unless given, as in the public interface.
+    safe_gate
+        Accepted and not exploited: every gate is computed safely.
+    chunk_size
+        Positive; tokens per chunk are the longest of 16, 32 and 64 not above it that fits the head widths.
 
     Returns
     -------
     tuple[Tensor, Tensor | None]
-        ``o`` in v's dtype, and the final state in float32 or ``None``.
+        ``o`` ``[B, T, G, V]`` in v's dtype, and the final state in float32 or ``None``.
 
     Raises
     ------
     KdaError
         If the arguments contradict the contract or the limits above; before any kernel is launched.
-    TypeError
-        If an option is not part of the contract.
 
     Notes
     -----
-    Deterministic; prefix-causal bit for bit; right for every legal gate, since decays only ever appear as exponentials of non-positive
-    differences. Dots take bfloat16 operands for bfloat16 inputs and IEEE float32 otherwise, with float32 accumulation.
+    Deterministic, and prefix-causal bit for bit. Every gate is safe: a decay is only ever the exponential of a sum of log decays
+    between two tokens. Float32 inputs are computed in float32; for 16-bit inputs the operands of matrix products carry
+    11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. The backward keeps the inputs only.
 
     References
     ----------
     [KL] Kimi Linear technical report, Eqs. (2)-(9).
     """
-    inputs = _checked(q, k, v, g, beta, scale, options)
-    return _apply(inputs, recurrent=False)
+    return _apply(KdaInputs(**locals()), recurrent=False)
 
 
-def fused_recurrent_kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
-    """Evaluate Kimi Delta Attention token by token in float32, as decoding does.
+def fused_recurrent_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,  # noqa: FBT001, FBT002 - the public interface
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = 64,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Evaluate Kimi Delta Attention token by token in float32, as decoding does; differentiable.
 
-    Arguments, results and errors are those of :func:`chunk_kda`. The derivative is that of the chunkwise kernels.
+    Arguments, results and errors are those of :func:`chunk_kda`. The derivative is computed by the chunkwise kernels, from the inputs,
+    in the arithmetic of :func:`chunk_kda`.
 
     References
     ----------
     [KL] Kimi Linear technical report, Eq. (1).
     """
-    inputs = _checked(q, k, v, g, beta, scale, options)
-    return _apply(inputs, recurrent=True)
-
-
-def _checked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None, options: dict[str, Any]) -> KdaInputs:
-    inputs = KdaInputs(q=q, k=k, v=v, g=g, beta=beta, scale=scale, **{"output_final_state": False, **options})
-    check_inputs(inputs)
-    for name, tensor in inputs.tensors().items():
-        if tensor.dtype == torch.float64:
-            message = f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}; the float64 form is kda_reference.recurrent_kda"
-            raise DtypeError(message)
-    for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
-        if width > MAX_WIDTH:
-            message = f"{name} must have a head width of at most {MAX_WIDTH}, got {width}; split the head"
-            raise DomainError(message)
-    if inputs.chunk_size not in (16, 32, 64):
-        message = f"chunk_size must be 16, 32 or 64, got {inputs.chunk_size}; 64 is the usual choice"
-        raise DomainError(message)
-    if q.device.type != "cuda" and not launch.interpreted():
-        message = f"q must be on a CUDA device, got {q.device}; set TRITON_INTERPRET=1 before Triton is imported to run on a CPU"
-        raise DeviceError(message)
-    return inputs
+    return _apply(KdaInputs(**locals()), recurrent=True)
 
 
 def _apply(inputs: KdaInputs, *, recurrent: bool) -> tuple[Tensor, Tensor | None]:
+    _check(inputs)
     tensors = inputs.tensors()
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())):
-        return launch.recurrent_forward(inputs) if recurrent else launch.chunk_forward(inputs, save=False)[:2]
-    result: tuple[Tensor, Tensor | None] = _Kda.apply(inputs, recurrent, *(tensors.get(name) for name in DIFFERENTIABLE))  # type: ignore[no-untyped-call]
-    return result
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        result: tuple[Tensor, Tensor | None] = _Kda.apply(
+            inputs, recurrent, *(tensors.get(name) for name in DIFFERENTIABLE)
+        )  # type: ignore[no-untyped-call]
+        return result
+    return recurrent_forward(inputs) if recurrent else chunk_forward(inputs)
+
+
+def _check(inputs: KdaInputs) -> None:
+    check_inputs(inputs)
+    for name, tensor in inputs.tensors().items():
+        if tensor.dtype == torch.float64:
+            message = f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}; convert it to float32"
+            raise DtypeError(message)
+    for name, tensor in (("q", inputs.q), ("v", inputs.v)):
+        if tensor.shape[-1] > MAX_WIDTH:
+            message = f"{name} must have a head width of at most {MAX_WIDTH}, got {tensor.shape[-1]}; split the head"
+            raise DomainError(message)
+    if inputs.chunk_size < 1:
+        message = f"chunk_size must be positive, got {inputs.chunk_size}; 64 is the usual choice"
+        raise DomainError(message)
+    check_device(inputs.q.device)
 
 
 class _Kda(torch.autograd.Function):
+    """The call as one node of the derivative graph; the tensors are passed beside ``inputs`` so that autograd sees them."""
+
     @staticmethod
     def forward(ctx: Any, inputs: KdaInputs, recurrent: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401, FBT001
-        del tensors  # they are the fields of inputs; autograd has to see them as arguments
-        o, final_state, saved = launch.chunk_forward(inputs, save=True)
-        if recurrent:
-            o, final_state = launch.recurrent_forward(inputs)
-        ctx.save_for_backward(*inputs.tensors().values(), *saved)
-        ctx.names = tuple(inputs.tensors())
-        ctx.inputs = inputs.replace(**dict.fromkeys(ctx.names))
         ctx.set_materialize_grads(False)
-        return o, final_state
+        ctx.names = [name for name, tensor in zip(DIFFERENTIABLE, tensors, strict=True) if tensor is not None]
+        ctx.inputs = inputs.replace(**dict.fromkeys(ctx.names))
+        ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
+        return recurrent_forward(inputs) if recurrent else chunk_forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        stored = ctx.saved_tensors
-        count = len(ctx.names)
-        inputs = ctx.inputs.replace(**dict(zip(ctx.names, stored[:count], strict=True)))
-        gradients = launch.chunk_backward(inputs, launch.Saved(*stored[count:]), do, dfinal_state)
-        return None, None, *(gradients.get(name) for name in DIFFERENTIABLE)
+        if do is None and dfinal_state is None:
+            return (None,) * (2 + len(DIFFERENTIABLE))
+        inputs = ctx.inputs.replace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
+        found = chunk_backward(inputs, do, dfinal_state)
+        needed = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *(found.get(name) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)),
+        )

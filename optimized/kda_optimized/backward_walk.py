@@ -1,71 +1,84 @@
-"""Kernel 1 of the backward: walk the chunks from the last to the first with the state's cotangent on chip.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""First backward kernel: walk the chunks from the last to the first with the cotangent of the state on chip.
 
-    dV' = scores^T dO + (exp(G_C - G) K) dS           X = (I + A)^-T dV'
-    dV  = Diag(beta) X                                dS <- Diag(exp(G_C)) dS + scale (exp(G) Q)^T dO - (exp(G) K)^T dV
+With dS the cotangent of the state after a chunk, and the names of the forward kernels:
 
-The adjoint of the inverse needs no matrix of its own: ``dA = -X V'^T``. X and the cotangent of the state at the end of every chunk are
-written for the chunk-parallel kernel.
+    dw = P^T dO + k_rest dS          Y = X^T dw                  ``pulled``, the cotangent of beta u
+    dV = beta Y                      dS <- exp(g_1) (exp(G_C) dS + q_dec^T dO - k_dec^T dV)      ``dstates`` holds dS after each chunk
+
+The adjoint of the inverse needs no product of its own: what reaches the pairs of tokens is ``-dV w^T``.
 """
 
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import load_strength
+from kda_optimized.chunks import BETA, K_SCALE, Q_SCALE, REST_SCALE, TOKEN_ROWS, load_tile, locate_sequence
+from kda_optimized.products import product_columns, product_planes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def kda_chunk_bwd_walk_kernel(
-    q_decayed, k_decayed, k_rest, beta, scores, inverse, chunk_decay, do, dfinal_state, dv, x, dstates, dinitial_state,
-    cu_seqlens, chunk_offsets, scale,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    STATE_STRIDE_K: tl.constexpr, STATE_STRIDE_V: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
-    SIGMOID: tl.constexpr, CEILING: tl.constexpr, PRECISION: tl.constexpr,
+    q_dec, k_dec, k_rest, tokens, scores, pull, decay, do, dfinal_state, dv, dinitial_state, dstates, pulled, cu_seqlens, chunk_offsets,
+    stride_ob, stride_ot, stride_oh, stride_ov, stride_fn, stride_fg, stride_fk, stride_fv,
+    stride_in, stride_ig, stride_ik, stride_iv, T,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+    HAS_DO: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr,
 ):  # fmt: skip
-    i_p = tl.program_id(0).to(tl.int64)
-    i_v, i_ng = i_p % NV, i_p // NV
-    i_n, i_g = i_ng // G, i_ng % G
-    i_begin = tl.load(cu_seqlens + i_n).to(tl.int64)
-    i_end = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-    i_first = tl.load(chunk_offsets + i_n).to(tl.int64)
-    num_chunks = (i_end - i_begin + BT - 1) // BT
+    """Walk back along one sequence of one value head, for BV of its value channels."""
+    PLANE: tl.constexpr = BT * BT
+    PLANES: tl.constexpr = 1 if EXACT else 2
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_n = tl.program_id(0) // NV // G
+    i_g = tl.program_id(0) // NV % G
+    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, BT)
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = o_v < V
+    m_kv = (o_k < K)[:, None] & m_v[None, :]
+    o_tk = o_t[:, None] * BK + o_k[None, :]
+    o_tt = o_t[None, :] * BT + o_t[:, None]  # of the transpose
+    o_tv = o_t[:, None] * V + o_v[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
 
-    o_i, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m_kv = m_k[:, None] & m_v[None, :]
-    o_state = i_ng * K * V + o_k[:, None] * STATE_STRIDE_K + o_v[None, :] * STATE_STRIDE_V
-    b_ds = tl.zeros((BK, BV), dtype=tl.float32)
+    b_dS = tl.zeros((BK, BV), dtype=tl.float32)
     if HAS_DFINAL:
-        b_ds += tl.load(dfinal_state + o_state, mask=m_kv, other=0.0)
+        p_s = dfinal_state + i_n.to(tl.int64) * stride_fn + i_g.to(tl.int64) * stride_fg
+        b_dS += tl.load(
+            p_s + o_k.to(tl.int64)[:, None] * stride_fk + o_v.to(tl.int64)[None, :] * stride_fv, mask=m_kv, other=0.0
+        )
 
-    for i_back in range(0, num_chunks):
-        i_t = num_chunks - 1 - i_back
-        i_c = i_first + i_t
-        o_t = i_begin + i_t * BT + o_i
-        m_t = o_t < i_end
-        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
-        o_tk = o_t[:, None] * (G * K) + i_g * K + o_k[None, :]
-        o_tv = o_t[:, None] * (G * V) + i_g * V + o_v[None, :]
-        o_tt = o_t[:, None] * (G * BT) + i_g * BT + o_i[None, :]
-        o_h = (i_c * G + i_g) * K * V + o_k[:, None] * V + o_v[None, :]
-        b_operand = b_ds.to(dstates.dtype.element_ty)
-        tl.store(dstates + o_h, b_operand, mask=m_kv)
+    for i_r in range(n_c):
+        i_t = n_c - 1 - i_r
+        i_cg = (c_0 + i_t) * G + i_g
+        t_c = i_t * BT
+        m_tv = (t_c + o_t < n_t)[:, None] & m_v[None, :]
+        p_tk = i_cg * (BT * BK)
+        p_tt = i_cg * (PLANES * PLANE)
+        p_token = tokens + i_cg * (TOKEN_ROWS * BT) + o_t
+        tl.store(dstates + i_cg * (K * V) + o_kv, b_dS, mask=m_kv)
 
-        b_scores = tl.load(scores + o_tt, mask=m_t[:, None], other=0.0)
-        b_do = tl.load(do + o_tv, mask=m_tv, other=0.0).to(b_scores.dtype)
-        b_kr = tl.load(k_rest + o_tk, mask=m_tk, other=0.0)
-        b_dnew = tl.dot(tl.trans(b_scores), b_do, input_precision=PRECISION) + tl.dot(b_kr, b_operand, input_precision=PRECISION)
-        b_inverse = tl.load(inverse + o_tt, mask=m_t[:, None], other=0.0)
-        b_x = tl.dot(tl.trans(b_inverse), b_dnew.to(b_inverse.dtype), input_precision=PRECISION)  # [BT, BV]
-        tl.store(x + o_tv, b_x.to(x.dtype.element_ty), mask=m_tv)
-        b_dv = b_x * load_strength(beta + i_g, o_t, m_t, G, SIGMOID, CEILING)[:, None]
-        tl.store(dv + o_tv, b_dv.to(dv.dtype.element_ty), mask=m_tv)
+        b_dw = product_columns(tl.load(k_rest + p_tk + o_tk), b_dS, EXACT) * tl.load(p_token + REST_SCALE * BT)[:, None]
+        if HAS_DO:
+            b_do = load_tile(
+                do, i_b, i_g, t_0 + t_c, o_t, o_v, m_tv, stride_ob, stride_ot, stride_oh, stride_ov
+            )  # [BT, BV]
+            b_dw += product_planes(scores + p_tt, b_do, o_tt, PLANE, EXACT)
+        b_Y = product_planes(pull + p_tt, b_dw, o_tt, PLANE, EXACT)
+        tl.store(pulled + i_cg * (BT * V) + o_tv, b_Y, mask=m_v[None, :])
+        b_dv = b_Y * tl.load(p_token + BETA * BT)[:, None]
+        tl.store(dv + ((t_g + t_c + o_t) * G + i_g)[:, None] * V + o_v[None, :], b_dv, mask=m_tv)
 
-        b_qd = tl.load(q_decayed + o_tk, mask=m_tk, other=0.0)
-        b_kd = tl.load(k_decayed + o_tk, mask=m_tk, other=0.0)
-        b_decay = tl.load(chunk_decay + (i_c * G + i_g) * K + o_k, mask=m_k, other=0.0)
-        b_ds = b_ds * b_decay[:, None] + tl.dot(tl.trans(b_qd), b_do, input_precision=PRECISION) * scale
-        b_ds -= tl.dot(tl.trans(b_kd), b_dv.to(b_kd.dtype), input_precision=PRECISION)
+        p_decay = decay + i_cg * (2 * BK) + o_k
+        b_dS = b_dS * tl.load(p_decay + BK)[:, None]
+        if HAS_DO:
+            b_do = b_do * tl.load(p_token + Q_SCALE * BT)[:, None]
+            b_dS += product_columns(tl.trans(tl.load(q_dec + p_tk + o_tk)), b_do, EXACT)
+        b_dv = b_dv * tl.load(p_token + K_SCALE * BT)[:, None]
+        b_dS -= product_columns(tl.trans(tl.load(k_dec + p_tk + o_tk)), b_dv, EXACT)
+        b_dS = b_dS * tl.load(p_decay)[:, None]
 
-    if STORE_DINITIAL:
-        tl.store(dinitial_state + o_state, b_ds, mask=m_kv)
+    if HAS_DINITIAL:
+        p_s = dinitial_state + i_n.to(tl.int64) * stride_in + i_g.to(tl.int64) * stride_ig
+        tl.store(p_s + o_k.to(tl.int64)[:, None] * stride_ik + o_v.to(tl.int64)[None, :] * stride_iv, b_dS, mask=m_kv)

@@ -1,72 +1,85 @@
-"""Kernel 2 of the forward: walk over the chunks of a sequence with the state on chip [KL eqs. 7-9].
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""Second forward kernel: walk along the chunks with the state on chip, one program per sequence, value head and V tile.
 
-    V' = (I + A)^-1 Diag(beta) (V - (exp(G) K) S)
-    O  = scale (exp(G) Q) S + scores V'
-    S <- Diag(exp(G_C)) S + (exp(G_C - G) K)^T V'
+Per chunk, with the names of :mod:`kda_optimized.forward_prepare` [KL eqs. 6-9]:
 
-One program takes one sequence, one value head and BV columns of the state, which never mix with other columns.
+    S <- exp(g_1) S
+    u = V - k_dec S         what the decayed state does not predict
+    e = Z u                 prediction error of each token                  ``errors``
+    w = beta e              what is written
+    O = q_dec S + P w
+    S <- exp(G_C) S + k_rest^T w                                            ``states`` holds S before each chunk
+
+The state stays float32. In 16-bit arithmetic it enters products in float16, each of its columns divided by a power of two.
 """
 
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import load_strength
+from kda_optimized.chunks import BETA, K_SCALE, Q_SCALE, REST_SCALE, TOKEN_ROWS, load_tile, locate_sequence
+from kda_optimized.products import product_columns, product_planes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def kda_chunk_fwd_walk_kernel(
-    q_decayed, k_decayed, k_rest, v, beta, scores, inverse, chunk_decay, o, initial_state, final_state, states, pseudo,
-    cu_seqlens, chunk_offsets, scale,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    STATE_STRIDE_K: tl.constexpr, STATE_STRIDE_V: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, STORE_STATES: tl.constexpr,
-    SIGMOID: tl.constexpr, CEILING: tl.constexpr, PRECISION: tl.constexpr,
+    v, q_dec, k_dec, k_rest, tokens, scores, solve, decay, initial_state, o, final_state, states, errors, cu_seqlens, chunk_offsets,
+    stride_vb, stride_vt, stride_vh, stride_vv, stride_in, stride_ig, stride_ik, stride_iv,
+    stride_fn, stride_fg, stride_fk, stride_fv, T,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_OUTPUT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    i_p = tl.program_id(0).to(tl.int64)
-    i_v, i_ng = i_p % NV, i_p // NV
-    i_n, i_g = i_ng // G, i_ng % G
-    i_begin = tl.load(cu_seqlens + i_n).to(tl.int64)
-    i_end = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-    i_c = tl.load(chunk_offsets + i_n).to(tl.int64)
+    """Walk along one sequence of one value head, for BV of its value channels."""
+    PLANE: tl.constexpr = BT * BT
+    PLANES: tl.constexpr = 1 if EXACT else 2
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_n = tl.program_id(0) // NV // G
+    i_g = tl.program_id(0) // NV % G
+    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, BT)
+    o_t = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = o_v < V
+    m_kv = (o_k < K)[:, None] & m_v[None, :]
+    o_tk = o_t[:, None] * BK + o_k[None, :]
+    o_tt = o_t[:, None] * BT + o_t[None, :]
+    o_tv = o_t[:, None] * V + o_v[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
 
-    o_i, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m_kv = m_k[:, None] & m_v[None, :]
-    o_state = i_ng * K * V + o_k[:, None] * STATE_STRIDE_K + o_v[None, :] * STATE_STRIDE_V
-    b_s = tl.zeros((BK, BV), dtype=tl.float32)
+    b_S = tl.zeros((BK, BV), dtype=tl.float32)
     if HAS_INITIAL:
-        b_s += tl.load(initial_state + o_state, mask=m_kv, other=0.0)
+        p_s = initial_state + i_n.to(tl.int64) * stride_in + i_g.to(tl.int64) * stride_ig
+        b_S += tl.load(
+            p_s + o_k.to(tl.int64)[:, None] * stride_ik + o_v.to(tl.int64)[None, :] * stride_iv, mask=m_kv, other=0.0
+        )
 
-    for i_start in range(i_begin, i_end, BT):
-        o_t = i_start + o_i
-        m_t = o_t < i_end
-        m_tk, m_tv = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
-        o_tk = o_t[:, None] * (G * K) + i_g * K + o_k[None, :]
-        o_tv = o_t[:, None] * (G * V) + i_g * V + o_v[None, :]
-        o_tt = o_t[:, None] * (G * BT) + i_g * BT + o_i[None, :]
-        b_operand = b_s.to(k_decayed.dtype.element_ty)
-        if STORE_STATES:
-            o_h = (i_c * G + i_g) * K * V + o_k[:, None] * V + o_v[None, :]
-            tl.store(states + o_h, b_operand, mask=m_kv)
+    for i_t in range(n_c):
+        i_cg = (c_0 + i_t) * G + i_g
+        t_c = i_t * BT
+        m_tv = (t_c + o_t < n_t)[:, None] & m_v[None, :]
+        p_tk = i_cg * (BT * BK)
+        p_tt = i_cg * (PLANES * PLANE)
+        p_token = tokens + i_cg * (TOKEN_ROWS * BT) + o_t
+        if SAVE:
+            tl.store(states + i_cg * (K * V) + o_kv, b_S, mask=m_kv)
 
-        b_kd = tl.load(k_decayed + o_tk, mask=m_tk, other=0.0)
-        b_r = tl.load(v + o_tv, mask=m_tv, other=0.0).to(tl.float32) - tl.dot(b_kd, b_operand, input_precision=PRECISION)
-        b_r = b_r * load_strength(beta + i_g, o_t, m_t, G, SIGMOID, CEILING)[:, None]
-        b_inverse = tl.load(inverse + o_tt, mask=m_t[:, None], other=0.0)
-        b_new = tl.dot(b_inverse, b_r.to(b_inverse.dtype), input_precision=PRECISION).to(b_inverse.dtype)  # [BT, BV]
-        if STORE_STATES:
-            tl.store(pseudo + o_tv, b_new, mask=m_tv)
+        p_decay = decay + i_cg * (2 * BK) + o_k
+        b_S = b_S * tl.load(p_decay)[:, None]
+        b_v = load_tile(v, i_b, i_g, t_0 + t_c, o_t, o_v, m_tv, stride_vb, stride_vt, stride_vh, stride_vv)  # [BT, BV]
+        b_u = b_v - product_columns(tl.load(k_dec + p_tk + o_tk), b_S, EXACT) * tl.load(p_token + K_SCALE * BT)[:, None]
+        b_e = product_planes(solve + p_tt, b_u, o_tt, PLANE, EXACT)
+        if SAVE:
+            tl.store(errors + i_cg * (BT * V) + o_tv, b_e, mask=m_v[None, :])
+        b_w = b_e * tl.load(p_token + BETA * BT)[:, None]
+        if HAS_OUTPUT:
+            b_o = product_columns(tl.load(q_dec + p_tk + o_tk), b_S, EXACT) * tl.load(p_token + Q_SCALE * BT)[:, None]
+            b_o += product_planes(scores + p_tt, b_w, o_tt, PLANE, EXACT)
+            o_o = ((t_g + t_c + o_t) * G + i_g)[:, None] * V + o_v[None, :]
+            tl.store(o + o_o, b_o, mask=m_tv)
+        b_w = b_w * tl.load(p_token + REST_SCALE * BT)[:, None]
+        b_S = b_S * tl.load(p_decay + BK)[:, None]
+        b_S += product_columns(tl.trans(tl.load(k_rest + p_tk + o_tk)), b_w, EXACT)
 
-        b_qd = tl.load(q_decayed + o_tk, mask=m_tk, other=0.0)
-        b_scores = tl.load(scores + o_tt, mask=m_t[:, None], other=0.0)
-        b_o = tl.dot(b_qd, b_operand, input_precision=PRECISION) * scale
-        b_o += tl.dot(b_scores, b_new, input_precision=PRECISION)
-        tl.store(o + o_tv, b_o.to(o.dtype.element_ty), mask=m_tv)
-
-        b_kr = tl.load(k_rest + o_tk, mask=m_tk, other=0.0)
-        b_decay = tl.load(chunk_decay + (i_c * G + i_g) * K + o_k, mask=m_k, other=0.0)
-        b_s = b_s * b_decay[:, None] + tl.dot(tl.trans(b_kr), b_new, input_precision=PRECISION)
-        i_c += 1
-
-    if STORE_FINAL:
-        tl.store(final_state + o_state, b_s, mask=m_kv)
+    if HAS_FINAL:
+        p_s = final_state + i_n.to(tl.int64) * stride_fn + i_g.to(tl.int64) * stride_fg
+        tl.store(p_s + o_k.to(tl.int64)[:, None] * stride_fk + o_v.to(tl.int64)[None, :] * stride_fv, b_S, mask=m_kv)

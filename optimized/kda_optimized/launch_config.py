@@ -1,21 +1,29 @@
-"""Launch configurations: which tile sizes, warps and pipeline stages a kernel runs with.
+"""The launch table: warps, pipeline stages and tile widths, one file per architecture in ``configs/``.
 
-They come from a table written by ``python -m kda_optimized.tune``, one entry per architecture, kernel and operand width; nothing is tuned while a
-user waits. An architecture without an entry takes the default one, which is conservative.
+A file is named after an architecture, ``sm_90.json``; ``default.json`` serves every other one, and ``interpreter.json`` the CPU. It maps
+a kernel's name to a list of rules, the first of which that fits is taken: it fits when the operands of matrix products have at most
+``max_operand_bytes`` bytes and the padded head widths are at most ``max_width`` channels. Nothing is tuned while a user waits;
+``python -m kda_optimized.tune`` writes a file.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Table: TypeAlias = dict[str, list[dict[str, Any]]]
 DEFAULT = "default"
-CPU = "cpu"
+INTERPRETER = "interpreter"
+SMALLEST_TILE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,50 +32,78 @@ class LaunchConfig:
 
     Attributes
     ----------
-    bv
-        Columns of V per program; 0 where the kernel does not split V.
     num_warps, num_stages
         As Triton takes them.
+    block_k, block_v
+        Key and value channels per tile; ``None`` where the kernel does not split that axis.
     """
 
-    bv: int = 0
     num_warps: int
     num_stages: int
+    block_k: int | None = None
+    block_v: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Return what Triton takes at launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def architecture(device: torch.device) -> str:
+    """Return the name of a device's architecture, ``sm_90`` for an H100."""
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @cache
-def table() -> dict[str, Any]:
-    """Return the whole table, by architecture."""
-    found: dict[str, Any] = json.loads(files("kda_optimized").joinpath("launch_table.json").read_text())
+def table(name: str) -> Table:
+    """Return the rules of an architecture by kernel name, those of ``default`` where it has no file."""
+    folder = files("kda_optimized").joinpath("configs")
+    own = folder.joinpath(f"{name}.json")
+    found: Table = json.loads((own if own.is_file() else folder.joinpath(f"{DEFAULT}.json")).read_text())
     return found
 
 
-@cache
-def architecture(device: torch.device) -> str:
-    """Return the key of a device's entries."""
-    if device.type != "cuda":
-        return CPU
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"sm_{major}{minor}"
-    return name if name in table() else DEFAULT
+_in_place: list[Table] = []
 
 
-def config_of(kernel: str, device: torch.device, operand_bytes: int, width: int) -> LaunchConfig:
-    """Return the configuration of a kernel for operands of a size and a padded head width."""
-    entry = _entry(kernel, device, operand_bytes, width)
-    return LaunchConfig(bv=entry.get("bv", 0), num_warps=entry["num_warps"], num_stages=entry["num_stages"])
+@contextmanager
+def using(other: Table) -> Iterator[None]:
+    """Take another table for every device: that of a device that is absent, or one with a candidate to be timed."""
+    _in_place.append(other)
+    try:
+        yield
+    finally:
+        _in_place.pop()
 
 
-def chunk_length(wanted: int, device: torch.device, operand_bytes: int, width: int) -> int:
-    """Return the chunk length kernels use: at most the one asked for, and such that tiles fit on chip."""
-    return min(wanted, int(_entry("chunk", device, operand_bytes, width)["length"]))
+def rules_of(kernel: str, device: torch.device) -> list[dict[str, Any]]:
+    """Return the rules of a kernel on a device."""
+    return (_in_place[-1] if _in_place else table(architecture(device)))[kernel]
 
 
-def _entry(name: str, device: torch.device, operand_bytes: int, width: int) -> dict[str, Any]:
-    """Return the first entry, in the table's order, that covers an operand size and a width."""
-    for entry in table()[architecture(device)][name]:
-        if operand_bytes <= entry["max_operand_bytes"] and width <= entry["max_width"]:
-            found: dict[str, Any] = entry
-            return found
-    message = f"the launch table must cover {name} at {operand_bytes} bytes and width {width}; run python -m kda_optimized.tune"
+def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> LaunchConfig:
+    """Return the first rule that fits; tiles are no wider than the padded head.
+
+    Raises
+    ------
+    LookupError
+        If no rule fits: the table is incomplete.
+    """
+    for rule in rules:
+        if operand_bytes <= rule["max_operand_bytes"] and width <= rule["max_width"]:
+            blocks = {name: rule[name] for name in ("block_k", "block_v") if name in rule}
+            return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **blocks)
+    message = f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; run python -m kda_optimized.tune"
     raise LookupError(message)
+
+
+def padded(width: int) -> int:
+    """Return the tile that covers ``width`` channels: a power of two, at least 16, the smallest side of a matrix product."""
+    return max(SMALLEST_TILE, 1 << (width - 1).bit_length())
+
+
+def tile(block: int | None, width: int) -> int:
+    """Return the tile over ``width`` channels: at most ``block``, or all of them where there is no limit."""
+    return padded(width) if block is None else min(block, padded(width))

@@ -1,54 +1,90 @@
-"""Index tables of a call: which chunk belongs to which sequence.
+"""Where each chunk of each sequence lies: the index tables of a call.
 
-Every call is treated as packed: a batch is one row of tokens whose sequences happen to have equal lengths.
+Every call is treated as packed: the rows of a batch are sequences that happen to have equal lengths. Chunks are numbered through
+all sequences in order, and an empty sequence has none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from kda_reference import KdaInputs
+    from kda_reference.contract import KdaInputs
     from torch import Tensor
 
+CHUNK_LENGTHS = (64, 32, 16)
+MOST_TILE_BYTES = 256
 
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Where sequences and chunks begin.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The chunks of one call.
 
     Attributes
     ----------
-    cu_seqlens
-        int64 ``[N + 1]``, token offsets.
-    chunk_table
-        int32 ``[num_chunks, 2]``: sequence, and chunk number within it.
-    chunk_offsets
-        int64 ``[N]``: number of chunks before each sequence.
+    chunk_len
+        Tokens per chunk.
     num_chunks
-        Chunks of all sequences together.
+        Chunks of all sequences.
+    cu_seqlens
+        int64 ``[N + 1]``, token offsets of the sequences.
+    chunk_offsets
+        int64 ``[N]``, number of the first chunk of each sequence.
+    chunk_table
+        int32 ``[num_chunks, 2]``, sequence of each chunk and its number within the sequence.
     """
 
-    cu_seqlens: Tensor
-    chunk_table: Tensor
-    chunk_offsets: Tensor
+    chunk_len: int
     num_chunks: int
+    cu_seqlens: Tensor
+    chunk_offsets: Tensor
+    chunk_table: Tensor
 
 
-def pack(inputs: KdaInputs, chunk: int) -> Packing:
-    """Lay out the chunks of a call."""
-    batch, length = inputs.q.shape[:2]
+def chunk_length(chunk_size: int, operand_bytes: int, width: int) -> int:
+    """Return the tokens per chunk: the longest of 16, 32 and 64 that is not above ``chunk_size`` and whose tiles fit on chip.
+
+    Parameters
+    ----------
+    chunk_size
+        What the caller asked for; positive. Below 16 it counts as 16, the smallest side of a matrix product.
+    operand_bytes
+        Bytes of an operand of the matrix products.
+    width
+        The larger of K and V, channels.
+    """
+    longest = max(16, 64 * MOST_TILE_BYTES // max(MOST_TILE_BYTES, operand_bytes * width))
+    return next((length for length in CHUNK_LENGTHS if length <= min(chunk_size, longest)), CHUNK_LENGTHS[-1])
+
+
+def schedule(inputs: KdaInputs, chunk_len: int) -> Schedule:
+    """Cut every sequence of a call into chunks; ``cu_seqlens`` is read on the host."""
+    batch, num_tokens = inputs.q.shape[:2]
     if inputs.cu_seqlens is None:
-        offsets = torch.arange(batch + 1, dtype=torch.int64) * length
-    else:
-        offsets = inputs.cu_seqlens.detach().to("cpu", torch.int64)
-    counts = (offsets.diff() + chunk - 1) // chunk
+        return _schedule(
+            tuple(range(0, (batch + 1) * num_tokens, num_tokens)) if num_tokens else (0,) * (batch + 1),
+            chunk_len,
+            inputs.q.device,
+        )
+    return _schedule(tuple(inputs.cu_seqlens.tolist()), chunk_len, inputs.q.device)
+
+
+@lru_cache(maxsize=64)
+def _schedule(offsets: tuple[int, ...], chunk_len: int, device: torch.device) -> Schedule:
+    """Build the tables; calls of one shape follow each other, and a copy to the device costs more than a short kernel."""
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int64)
+    counts = (cu_seqlens.diff() + chunk_len - 1) // chunk_len
     first = counts.cumsum(0) - counts
-    num_chunks = int(counts.sum())
     sequence = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-    number = torch.arange(num_chunks) - first[sequence]
-    table = torch.stack([sequence, number], 1).to(torch.int32)
-    device = inputs.q.device
-    return Packing(offsets.to(device), table.to(device), first.to(device), num_chunks)
+    table = torch.stack([sequence, torch.arange(sequence.numel()) - first[sequence]], dim=1).to(torch.int32)
+    return Schedule(
+        chunk_len=chunk_len,
+        num_chunks=sequence.numel(),
+        cu_seqlens=cu_seqlens.to(device),
+        chunk_offsets=first.to(device),
+        chunk_table=table.to(device),
+    )

@@ -1,59 +1,76 @@
-"""The recurrence, one token at a time, with the state on chip: for decoding and short calls [KL eq. 1]."""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""The recurrence, one token at a time in float32 with the state on chip: for decoding and short calls [KL eq. 1].
+
+S <- Diag(exp g) S         e = v - S^T k         S <- S + k (beta e)^T         o = scale S^T q
+"""
 
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import load_slope, sigmoid, softplus
+from kda_optimized.activations import L2NORM_EPSILON, gate_slope, log_decay, strength
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def kda_recurrent_fwd_kernel(
-    q, k, v, g, beta, a_log, dt_bias, o, initial_state, final_state, cu_seqlens, scale, lower_bound,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    STATE_STRIDE_K: tl.constexpr, STATE_STRIDE_V: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
-    L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SIGMOID: tl.constexpr, CEILING: tl.constexpr,
+    q, k, v, g, beta, A_log, dt_bias, initial_state, o, final_state, cu_seqlens,
+    stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
+    stride_gb, stride_gt, stride_gh, stride_gk, stride_bb, stride_bt, stride_bh, stride_vb, stride_vt, stride_vh, stride_vv,
+    stride_in, stride_ig, stride_ik, stride_iv, stride_fn, stride_fg, stride_fk, stride_fv, scale, lower_bound, T,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, USE_L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr,
+    HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr, USE_SIGMOID: tl.constexpr, CEILING: tl.constexpr,
 ):  # fmt: skip
-    i_p = tl.program_id(0).to(tl.int64)
-    i_v, i_ng = i_p % NV, i_p // NV
-    i_n, i_g = i_ng // G, i_ng % G
+    """Run along one sequence of one value head, for BV of its value channels."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_n = (tl.program_id(0) // NV // G).to(tl.int64)
+    i_g = (tl.program_id(0) // NV % G).to(tl.int64)
     i_h = i_g // (G // H)
-    i_begin = tl.load(cu_seqlens + i_n).to(tl.int64)
-    i_end = tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
+    t_g = tl.load(cu_seqlens + i_n)
+    n_t = tl.load(cu_seqlens + i_n + 1) - t_g
+    i_b = t_g // tl.maximum(T, 1)
+    t_0 = t_g - i_b * T
+    o_k = tl.arange(0, BK).to(tl.int64)
+    o_v = (i_v * BV + tl.arange(0, BV)).to(tl.int64)
+    m_k = o_k < K
+    m_v = o_v < V
     m_kv = m_k[:, None] & m_v[None, :]
-    o_state = i_ng * K * V + o_k[:, None] * STATE_STRIDE_K + o_v[None, :] * STATE_STRIDE_V
-    b_s = tl.zeros((BK, BV), dtype=tl.float32)
+
+    b_S = tl.zeros((BK, BV), dtype=tl.float32)
     if HAS_INITIAL:
-        b_s += tl.load(initial_state + o_state, mask=m_kv, other=0.0)
-    b_slope = load_slope(a_log + i_g, HAS_A)
+        p_s = initial_state + i_n * stride_in + i_g * stride_ig + o_k[:, None] * stride_ik + o_v[None, :] * stride_iv
+        b_S += tl.load(p_s, mask=m_kv, other=0.0)
+    b_A, b_slope = gate_slope(A_log, i_g, HAS_A_LOG)
     b_bias = tl.zeros((BK,), dtype=tl.float32)
-    if HAS_BIAS:
+    if HAS_DT_BIAS:
         b_bias += tl.load(dt_bias + i_g * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    p_q = q + i_b * stride_qb + t_0 * stride_qt + i_h * stride_qh + o_k * stride_qk
+    p_k = k + i_b * stride_kb + t_0 * stride_kt + i_h * stride_kh + o_k * stride_kk
+    p_g = g + i_b * stride_gb + t_0 * stride_gt + i_g * stride_gh + o_k * stride_gk
+    p_v = v + i_b * stride_vb + t_0 * stride_vt + i_g * stride_vh + o_v * stride_vv
+    p_b = beta + i_b * stride_bb + t_0 * stride_bt + i_g * stride_bh
+    p_o = o + (t_g * G + i_g) * V + o_v
 
-    for i_t in range(i_begin, i_end):
-        b_q = tl.load(q + (i_t * H + i_h) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_k = tl.load(k + (i_t * H + i_h) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_v = tl.load(v + (i_t * G + i_g) * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_g = tl.load(g + (i_t * G + i_g) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_beta = tl.load(beta + i_t * G + i_g).to(tl.float32)
-        if L2NORM:
-            b_q = b_q / tl.sqrt_rn(tl.sum(b_q * b_q, axis=0) + 1e-6)
-            b_k = b_k / tl.sqrt_rn(tl.sum(b_k * b_k, axis=0) + 1e-6)
-        if USE_GATE:
-            b_g = b_g + b_bias
-            if BOUNDED:
-                b_g = lower_bound * sigmoid(b_slope * b_g)
-            else:
-                b_g = -b_slope * softplus(b_g)
-        if SIGMOID:
-            b_beta = CEILING * sigmoid(b_beta)
-        b_s = b_s * tl.exp(b_g)[:, None]
-        b_error = b_v - tl.sum(b_s * b_k[:, None], axis=0)
-        b_s += b_k[:, None] * (b_beta * b_error)[None, :]
-        b_o = tl.sum(b_s * b_q[:, None], axis=0) * scale
-        tl.store(o + (i_t * G + i_g) * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    for _ in range(n_t):
+        b_q = tl.load(p_q, mask=m_k, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_x = tl.load(p_g, mask=m_k, other=0.0).to(tl.float32) + b_bias
+        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
+        b_b = strength(tl.load(p_b).to(tl.float32), USE_SIGMOID, CEILING)
+        if USE_L2NORM:
+            b_q = b_q / tl.sqrt_rn(tl.sum(b_q * b_q, axis=0) + L2NORM_EPSILON)
+            b_k = b_k / tl.sqrt_rn(tl.sum(b_k * b_k, axis=0) + L2NORM_EPSILON)
+        b_S = b_S * tl.exp(log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED))[:, None]
+        b_w = b_b * (b_v - tl.sum(b_S * b_k[:, None], axis=0))
+        b_S += b_k[:, None] * b_w[None, :]
+        tl.store(p_o, tl.sum(b_S * (b_q * scale)[:, None], axis=0), mask=m_v)
+        p_q += stride_qt
+        p_k += stride_kt
+        p_g += stride_gt
+        p_v += stride_vt
+        p_b += stride_bt
+        p_o += G * V
 
-    if STORE_FINAL:
-        tl.store(final_state + o_state, b_s, mask=m_kv)
+    if HAS_FINAL:
+        p_s = final_state + i_n * stride_fn + i_g * stride_fg + o_k[:, None] * stride_fk + o_v[None, :] * stride_fv
+        tl.store(p_s, b_S, mask=m_kv)

@@ -1,0 +1,100 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""Device functions on one chunk: where it lies, and how its pairs of tokens are split so that no decay is ever inverted.
+
+A score of tokens i > j needs ``exp(G_i - G_j)``, with ``G`` the log decay accumulated inside the chunk. Pairs are sorted into
+levels. At level h = 1, 2, 4, ... half the chunk, tokens lie in blocks of h; a pair belongs to level h when its blocks are
+the two halves of one block of 2h. With m the last token of the earlier half,
+
+    exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j)            j <= m < i
+
+both exponents are sums of log decays that lie between the two tokens, so both factors are at most one for any gate, and
+both are functions of tokens up to i only. Every pair belongs to exactly one level; the diagonal needs no decay.
+"""
+
+import triton
+import triton.language as tl
+
+# Per-token numbers that the first kernel leaves for the others, in this order: scales of q_dec, k_dec and k_rest, beta,
+# inverse norms of q and k.
+Q_SCALE = tl.constexpr(0)
+K_SCALE = tl.constexpr(1)
+REST_SCALE = tl.constexpr(2)
+BETA = tl.constexpr(3)
+Q_NORM = tl.constexpr(4)
+K_NORM = tl.constexpr(5)
+TOKEN_ROWS = tl.constexpr(6)
+OFF_MASK = tl.constexpr(-1e30)
+
+
+@triton.jit
+def locate_chunk(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr):
+    """Return batch row, first token within it, first token of the call (all int64) and number of tokens of chunk ``i_c``."""
+    i_n = tl.load(chunk_table + 2 * i_c).to(tl.int64)
+    t_g = tl.load(cu_seqlens + i_n) + tl.load(chunk_table + 2 * i_c + 1).to(tl.int64) * BT
+    n_t = tl.load(cu_seqlens + i_n + 1) - t_g
+    i_b = t_g // T
+    return i_b, t_g - i_b * T, t_g, n_t
+
+
+@triton.jit
+def locate_sequence(i_n, cu_seqlens, chunk_offsets, T, BT: tl.constexpr):
+    """Return batch row, first token within it, first token of the call, number of tokens, first chunk and number of chunks."""
+    t_g = tl.load(cu_seqlens + i_n)
+    n_t = tl.load(cu_seqlens + i_n + 1) - t_g
+    i_b = t_g // tl.maximum(T, 1)
+    return i_b, t_g - i_b * T, t_g, n_t, tl.load(chunk_offsets + i_n), (n_t + BT - 1) // BT
+
+
+@triton.jit
+def load_tile(p_x, i_b, i_h, t_0, o_t, o_c, m_tc, stride_b, stride_t, stride_h, stride_c):
+    """Load ``[BT, BC]`` of a ``[B, T, heads, channels]`` tensor in float32, zero off the mask."""
+    p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
+    o_x = (t_0 + o_t)[:, None] * stride_t + o_c.to(tl.int64)[None, :] * stride_c
+    return tl.load(p_x + o_x, mask=m_tc, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_column(p_x, i_b, i_h, t_0, o_t, m_t, stride_b, stride_t, stride_h):
+    """Load ``[BT]`` of a ``[B, T, heads]`` tensor in float32, zero off the mask."""
+    p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
+    return tl.load(p_x + (t_0 + o_t) * stride_t, mask=m_t, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def cumulative(b_g, EXACT: tl.constexpr):
+    """Return the log decay accumulated from the start of the chunk, inclusive.
+
+    Only differences of it are used. In float64 they are exact to float32, so that a strong decay does not spoil the
+    differences behind it; for 16-bit arithmetic float32 sums of values above -128 are accurate enough.
+    """
+    if EXACT:
+        b_g = b_g.to(tl.float64)
+    return tl.cumsum(b_g, axis=0)
+
+
+@triton.jit
+def level_mask(i_l, BT: tl.constexpr):
+    """Return ``[BT, BT]``: whether row i and column j are a pair of level ``i_l``, whose blocks have ``2^i_l`` tokens."""
+    o_b = tl.arange(0, BT) >> i_l
+    return (o_b[:, None] == o_b[None, :] + 1) & ((o_b[:, None] & 1) == 1)
+
+
+@triton.jit
+def level_exponent(b_G, m_k, i_l, BT: tl.constexpr, BK: tl.constexpr):
+    """Return the log of each row's factor at level ``i_l``, float32 ``[BT, BK]``; far below zero off ``m_k``."""
+    o_t = tl.arange(0, BT)
+    o_m = ((o_t >> i_l) | 1) * (1 << i_l) - 1
+    b_m = tl.gather(b_G, tl.broadcast_to(o_m[:, None], (BT, BK)), 0)
+    return tl.where(m_k[None, :], -tl.abs(b_G - b_m).to(tl.float32), OFF_MASK)
+
+
+@triton.jit
+def factored_exp(b_x, EXACT: tl.constexpr):
+    """Return ``E`` ``[R, C]`` and ``f`` ``[R]`` with ``exp(x) = f E``, where the largest E of each row is one unless ``EXACT``.
+
+    A 16-bit operand needs the row's magnitude taken out, or a strong decay would leave it below the smallest float16.
+    """
+    b_m = tl.max(b_x, axis=1)
+    if EXACT:
+        b_m = tl.zeros_like(b_m)
+    return tl.exp(b_x - b_m[:, None]), tl.exp(b_m)

@@ -1,0 +1,289 @@
+"""From a checked call to kernel launches: buffers, grids and constants of the chunkwise form and of the recurrence.
+
+Dimension letters: B batch, T tokens, H query/key heads, G value heads, K key width, V value width, N sequences, C chunk length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kda_optimized.backward_chunk import (
+    kda_chunk_bwd_channels_kernel,
+    kda_chunk_bwd_heads_kernel,
+    kda_chunk_bwd_pairs_kernel,
+)
+from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
+from kda_optimized.chunks import TOKEN_ROWS
+from kda_optimized.forward_prepare import kda_chunk_fwd_prepare_kernel
+from kda_optimized.forward_walk import kda_chunk_fwd_walk_kernel
+from kda_optimized.launch import Launch, strides, submit
+from kda_optimized.launch_config import LaunchConfig, choose, padded, rules_of, tile
+from kda_optimized.packing import Schedule, chunk_length, schedule
+from kda_optimized.recurrent import kda_recurrent_fwd_kernel
+
+if TYPE_CHECKING:
+    from kda_reference.contract import KdaInputs
+    from torch import Tensor
+
+ROWS_PER_PROGRAM = 32
+
+
+class Prepared(NamedTuple):
+    """What the first kernel writes, one entry per chunk and value head; see ``forward_prepare``."""
+
+    q_dec: Tensor
+    k_dec: Tensor
+    k_rest: Tensor
+    tokens: Tensor
+    scores: Tensor
+    solve: Tensor
+    pull: Tensor
+    decay: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call as kernels see it.
+
+    Attributes
+    ----------
+    inputs
+        The call, detached.
+    exact
+        Whether products run in float32 (float32 inputs) or on 16-bit operands.
+    """
+
+    inputs: KdaInputs
+    exact: bool
+
+    @classmethod
+    def of(cls, inputs: KdaInputs) -> Call:
+        """Take a checked call; the parameters of the gate become contiguous, everything else stays where it is."""
+        changes = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
+        changes |= {name: changes[name].contiguous() for name in ("A_log", "dt_bias") if name in changes}
+        return cls(inputs.replace(**changes), inputs.q.dtype == torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of every tensor of the call."""
+        return self.inputs.q.device
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Return the constants H, G, K and V."""
+        q, v = self.inputs.q, self.inputs.v
+        return {"H": q.shape[2], "G": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Return the chunks of the call."""
+        width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
+        return schedule(self.inputs, chunk_length(self.inputs.chunk_size, 4 if self.exact else 2, width))
+
+    def config(self, kernel: Any) -> LaunchConfig:  # noqa: ANN401 - a Triton function
+        """Return how a kernel is launched."""
+        width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
+        return choose(rules_of(kernel.__name__, self.device), 4 if self.exact else 2, width)
+
+    def pick(self, *names: str) -> dict[str, int]:
+        """Return some of the constants H, G, K and V."""
+        return {name: self.sizes[name] for name in names}
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return an uninitialised buffer."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def per_chunk(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return an uninitialised buffer ``[num_chunks, G, *shape]``."""
+        return self.new(self.schedule.num_chunks, self.sizes["G"], *shape, dtype=dtype)
+
+    def new_state(self) -> Tensor:
+        """Return an uninitialised state in the layout of the call."""
+        return self.new(*self.inputs.state_shape)
+
+    def state_strides(self, letter: str, state: Tensor | None) -> dict[str, int]:
+        """Return the strides of a state as kernel arguments, whatever its layout."""
+        return strides(letter, "ngvk" if self.inputs.state_v_first else "ngkv", state)
+
+    def tensors(self, *names: str) -> dict[str, Any]:
+        """Return input tensors and their strides as kernel arguments."""
+        axes = {"q": "bthk", "k": "bthk", "v": "bthv", "g": "bthk", "beta": "bth"}
+        found: dict[str, Any] = {}
+        for name in names:
+            tensor = getattr(self.inputs, name)
+            found |= {name: tensor, **strides(name[0], axes[name], tensor)}
+        return found
+
+    def gate(self) -> dict[str, Any]:
+        """Return the arguments of the gate; a kernel never reads a stand-in for an absent parameter."""
+        x = self.inputs
+        return {
+            "A_log": x.g if x.A_log is None else x.A_log,
+            "dt_bias": x.g if x.dt_bias is None else x.dt_bias,
+            "lower_bound": 0.0 if x.lower_bound is None else float(x.lower_bound),
+            "USE_GATE": x.use_gate_in_kernel,
+            "BOUNDED": x.lower_bound is not None,
+            "HAS_A_LOG": x.A_log is not None,
+            "HAS_DT_BIAS": x.dt_bias is not None,
+        }
+
+    def strength(self) -> dict[str, Any]:
+        """Return the constants of the write strength."""
+        return {
+            "USE_SIGMOID": self.inputs.use_beta_sigmoid_in_kernel,
+            "CEILING": 2.0 if self.inputs.allow_neg_eigval else 1.0,
+        }
+
+    def start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:  # noqa: ANN401
+        """Submit a launch with the options of the launch table."""
+        submit(Launch(kernel=kernel, programs=programs, arguments=arguments, options=self.config(kernel).options()))
+
+
+def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
+    """Return ``o`` and the final state, the latter ``None`` unless asked for."""
+    call = Call.of(inputs)
+    o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=call.device)
+    final = call.new_state() if inputs.output_final_state else None
+    _walk(call, prepare(call, backward=False), o=o, final_state=final)
+    return o, final
+
+
+def prepare(call: Call, *, backward: bool) -> Prepared:
+    """Run the first kernel."""
+    c, bk, planes = call.schedule.chunk_len, padded(call.sizes["K"]), 1 if call.exact else 2
+    operand = torch.float32 if call.exact else torch.float16
+    plane = torch.float32 if call.exact else torch.bfloat16
+    square = [call.per_chunk(planes, c, c, dtype=plane) for _ in range(3 if backward else 2)]
+    done = Prepared(
+        *(call.per_chunk(c, bk, dtype=operand) for _ in range(3)),
+        call.per_chunk(TOKEN_ROWS.value, c),
+        *(square if backward else [*square, square[0]]),
+        call.per_chunk(2, bk),
+    )
+    arguments = {
+        **call.tensors("q", "k", "g", "beta"), **call.gate(), **done._asdict(), **call.strength(), **call.pick("H", "G", "K"),
+        "cu_seqlens": call.schedule.cu_seqlens, "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale,
+        "T": call.inputs.q.shape[1], "BT": c, "BK": bk, "LEVELS": c.bit_length() - 1, "EXACT": call.exact, "BACKWARD": backward,
+        "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
+    }  # fmt: skip
+    call.start(kda_chunk_fwd_prepare_kernel, call.schedule.num_chunks * call.sizes["G"], arguments)
+    return done
+
+
+def _walk(
+    call: Call,
+    done: Prepared,
+    *,
+    o: Tensor | None = None,
+    final_state: Tensor | None = None,
+    states: Tensor | None = None,
+    errors: Tensor | None = None,
+) -> None:
+    """Run the second kernel, for the output, or for the states and errors that the backward needs."""
+    inputs, bv = call.inputs, tile(call.config(kda_chunk_fwd_walk_kernel).block_v, call.sizes["V"])
+    arguments = {
+        **call.tensors("v"), **done._asdict(), **call.pick("G", "K", "V"),
+        "initial_state": inputs.initial_state, **call.state_strides("i", inputs.initial_state),
+        "final_state": final_state, **call.state_strides("f", final_state),
+        "o": o, "states": states, "errors": errors, "cu_seqlens": call.schedule.cu_seqlens, "chunk_offsets": call.schedule.chunk_offsets,
+        "T": inputs.q.shape[1], "BT": call.schedule.chunk_len, "BK": padded(call.sizes["K"]), "BV": bv, "EXACT": call.exact,
+        "HAS_INITIAL": inputs.initial_state is not None, "HAS_FINAL": final_state is not None, "HAS_OUTPUT": o is not None,
+        "SAVE": states is not None,
+    }  # fmt: skip
+    del arguments["pull"]
+    call.start(kda_chunk_fwd_walk_kernel, _value_programs(call, bv), arguments)
+
+
+def _value_programs(call: Call, bv: int) -> int:
+    return call.inputs.num_sequences * call.sizes["G"] * -(-call.sizes["V"] // bv)
+
+
+def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> dict[str, Tensor]:
+    """Return the gradients of ``<do, o> + <dfinal_state, final_state>`` by argument name, in the dtype of each argument.
+
+    Nothing of the forward pass is kept but its inputs: preparing the chunks again costs less than reading what would be stored.
+    """
+    call = Call.of(inputs)
+    x, sizes, c = call.inputs, call.sizes, call.schedule.chunk_len
+    done = prepare(call, backward=True)
+    states, dstates = (call.per_chunk(sizes["K"], sizes["V"]) for _ in range(2))
+    errors, pulled = (call.per_chunk(c, sizes["V"]) for _ in range(2))
+    _walk(call, done, states=states, errors=errors)
+
+    found = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=call.device) for name, tensor in x.tensors().items()
+    }
+    tables = {"cu_seqlens": call.schedule.cu_seqlens, "T": x.q.shape[1], "BT": c, "EXACT": call.exact}
+    cotangent = {"do": do, **strides("o", "bthv", do), "HAS_DO": do is not None}
+    bv = tile(call.config(kda_chunk_bwd_walk_kernel).block_v, sizes["V"])
+    dinitial = found.get("initial_state")
+    arguments = {
+        **done._asdict(), **call.pick("G", "K", "V"), **tables, **cotangent, "chunk_offsets": call.schedule.chunk_offsets,
+        "dfinal_state": dfinal_state, **call.state_strides("f", dfinal_state), "HAS_DFINAL": dfinal_state is not None,
+        "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
+        "dv": found["v"], "dstates": dstates, "pulled": pulled, "BK": padded(sizes["K"]), "BV": bv,
+    }  # fmt: skip
+    del arguments["solve"]
+    call.start(kda_chunk_bwd_walk_kernel, _value_programs(call, bv), arguments)
+
+    tables["chunk_table"] = call.schedule.chunk_table
+    dscores = call.per_chunk(2, c, c)
+    arguments = {
+        **call.tensors("beta"), **call.strength(), **tables, **cotangent, **call.pick("G", "V"), "tokens": done.tokens, "errors": errors,
+        "pulled": pulled, "dscores": dscores, "dbeta": found["beta"], "scale": x.effective_scale,
+        "BV": tile(call.config(kda_chunk_bwd_pairs_kernel).block_v, sizes["V"]),
+    }  # fmt: skip
+    call.start(kda_chunk_bwd_pairs_kernel, call.schedule.num_chunks * sizes["G"], arguments)
+    _channels(call, found, {**tables, **cotangent, "tokens": done.tokens, "states": states, "dstates": dstates, "errors": errors,
+                            "pulled": pulled, "dscores": dscores})  # fmt: skip
+    return found
+
+
+def _channels(call: Call, found: dict[str, Tensor], arguments: dict[str, Any]) -> None:
+    """Fill in the gradients of q, k, the gate and its parameters."""
+    x, sizes, config = call.inputs, call.sizes, call.config(kda_chunk_bwd_channels_kernel)
+    bk = tile(config.block_k, sizes["K"])
+    tiles = -(-sizes["K"] // bk)
+    to_heads = x.use_qk_l2norm_in_kernel or sizes["H"] != sizes["G"]
+    dq, dk = (call.new(*x.g.shape) for _ in range(2)) if to_heads else (found["q"], found["k"])
+    slope_parts, bias_parts = call.per_chunk(tiles), call.per_chunk(sizes["K"])
+    arguments |= {
+        **call.tensors("q", "k", "g"), **call.gate(), **sizes, "dq": dq, "dk": dk, "dg": found["g"],
+        "dA_parts": slope_parts, "dbias_parts": bias_parts, "scale": x.effective_scale, "BK": bk, "BV": tile(config.block_v, sizes["V"]),
+        "LEVELS": arguments["BT"].bit_length() - 1, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+    }  # fmt: skip
+    call.start(kda_chunk_bwd_channels_kernel, call.schedule.num_chunks * sizes["G"] * tiles, arguments)
+    if to_heads:
+        num_tokens = x.q.shape[0] * x.q.shape[1]
+        arguments = {
+            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": dq, "dk_G": dk, "dq": found["q"], "dk": found["k"],
+            "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
+            "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+        }  # fmt: skip
+        call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
+    # The second stage of these sums runs in a fixed order too.
+    if "A_log" in found:
+        found["A_log"] = slope_parts.sum((0, 2))
+    if "dt_bias" in found:
+        found["dt_bias"] = bias_parts.sum(0).flatten()
+
+
+def recurrent_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
+    """Return ``o`` and the final state by the recurrence, in float32 whatever the inputs."""
+    call = Call.of(inputs)
+    x = call.inputs
+    o = torch.empty(x.v.shape, dtype=x.v.dtype, device=call.device)
+    final = call.new_state() if x.output_final_state else None
+    bv = tile(call.config(kda_recurrent_fwd_kernel).block_v, call.sizes["V"])
+    arguments = {
+        **call.tensors("q", "k", "v", "g", "beta"), **call.gate(), **call.strength(), **call.sizes,
+        "initial_state": x.initial_state, **call.state_strides("i", x.initial_state), "final_state": final, **call.state_strides("f", final),
+        "o": o, "cu_seqlens": call.schedule.cu_seqlens, "scale": x.effective_scale, "T": x.q.shape[1], "BK": padded(call.sizes["K"]), "BV": bv,
+        "HAS_INITIAL": x.initial_state is not None, "HAS_FINAL": final is not None, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+    }  # fmt: skip
+    call.start(kda_recurrent_fwd_kernel, _value_programs(call, bv), arguments)
+    return o, final

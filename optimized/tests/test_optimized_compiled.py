@@ -1,0 +1,71 @@
+"""Every kernel compiles for real GPUs, on a machine without one, within their shared memory; the forward does not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kda_optimized
+import pytest
+from kda_optimized.launch_config import choose, table
+from kda_optimized.tune import candidates, written
+
+MOST_SHARED_BYTES = {90: 227 * 1024, 80: 163 * 1024}
+PROGRAM = """
+import json, sys, torch
+from kda_optimized.compiled import compile_launch, launches, sample
+arch, dtype, width = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+for launch in launches(sample(dtype, width), arch):
+    print(json.dumps(compile_launch(launch, arch)), flush=True)
+"""
+
+
+def compiled(arch: int, dtype: str, width: int) -> list[dict[str, object]]:
+    import kda_reference
+
+    roots = [str(Path(package.__file__).parents[1]) for package in (kda_optimized, kda_reference)]
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [*inherited, *roots])),
+    }
+    command = [sys.executable, "-c", PROGRAM, str(arch), dtype, str(width)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own program
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "width"), [(90, "bfloat16", 128), (80, "bfloat16", 128), (90, "float32", 64)]
+)
+def test_kernels_compile_and_fit(arch: int, dtype: str, width: int) -> None:
+    rows = compiled(arch, dtype, width)
+    assert {row["kernel"] for row in rows} == set(table("default"))
+    for row in rows:
+        assert row["shared_bytes"] <= MOST_SHARED_BYTES[arch], row
+    if (arch, dtype) == (90, "bfloat16"):
+        forward = rows[:2]
+        assert [row["kernel"] for row in forward] == ["kda_chunk_fwd_prepare_kernel", "kda_chunk_fwd_walk_kernel"]
+        assert all(row["stack_bytes"] == 0 for row in forward), forward
+        assert all(row["hgmma"] for row in forward), forward
+
+
+@pytest.mark.parametrize("name", ["default", "interpreter"])
+def test_launch_table_covers_every_call(name: str) -> None:
+    for kernel, rules in table(name).items():
+        for operand_bytes in (2, 4):
+            for width in (16, 32, 64, 128, 256):
+                config = choose(rules, operand_bytes, width)
+                assert config.num_warps in (1, 2, 4, 8, 16), kernel
+
+
+def test_tuning_keeps_every_rule_applicable() -> None:
+    for kernel, rules in table("default").items():
+        for rule in rules:
+            found = list(candidates(rule))
+            assert rule["num_warps"] in {candidate["num_warps"] for candidate in found}, kernel
+            assert all(candidate.keys() == rule.keys() for candidate in found), kernel
+    assert json.loads(written(table("default"))) == table("default")
