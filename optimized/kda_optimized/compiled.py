@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kda_optimized.chunkwise import chunk_backward, chunk_forward, recurrent_forward
-from kda_optimized.launch import Launch, recorded
+from kda_optimized.launch import Launch, recorded, warp_products
 from kda_optimized.launch_config import table, using
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     """Compile one launch for ``sm_<arch>`` and return what it needs."""
-    found = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    with warp_products():
+        found = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     return {
         "kernel": launch.name,
         "arch": arch,

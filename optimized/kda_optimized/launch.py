@@ -6,6 +6,7 @@ types and constants of a real call.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,30 @@ class Launch:
     def start(self) -> None:
         """Start the kernel; nothing happens where there is nothing to do."""
         if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+            with warp_products():
+                self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+NO_WARPGROUP_PRODUCTS = "DISABLE_MMA_V3"
+
+
+@contextmanager
+def warp_products() -> Iterator[None]:
+    """Compile with matrix instructions of a warp, not of a warp group (``wgmma``), which exist on Hopper alone.
+
+    The assembler that Triton 3.6 and 3.7 use for Hopper (ptxas 12.8) miscompiles several wgmma in one kernel: wrong results and illegal
+    addresses, neither of which ptxas 13.1 makes of the same PTX; docs/performance.md has the measurements. Triton takes the switch from the
+    environment and from nowhere else; it is set for the duration of a launch only, so that other kernels of the process are not touched.
+    """
+    before = os.environ.get(NO_WARPGROUP_PRODUCTS)
+    os.environ[NO_WARPGROUP_PRODUCTS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[NO_WARPGROUP_PRODUCTS]
+        else:
+            os.environ[NO_WARPGROUP_PRODUCTS] = before
 
 
 _recorders: list[list[Launch]] = []

@@ -1,4 +1,4 @@
-"""Every kernel compiles for real GPUs, on a machine without one, within their shared memory; the forward does not spill."""
+"""Every kernel compiles for real GPUs, on a machine without one, within their shared memory, on tensor cores, and hardly spills."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from kda_optimized.launch_config import choose, table
 from kda_optimized.tune import candidates, written
 
+MOST_SPILLED_BYTES = 288
 MOST_SHARED_BYTES = {90: 227 * 1024, 80: 163 * 1024}
 PROGRAM = """
 import json, sys, torch
@@ -46,11 +47,11 @@ def test_kernels_compile_and_fit(arch: int, dtype: str, width: int) -> None:
     assert {row["kernel"] for row in rows} == set(table("default"))
     for row in rows:
         assert row["shared_bytes"] <= MOST_SHARED_BYTES[arch], row
+        assert row["hgmma"] == 0, f"wgmma is miscompiled by the ptxas of Triton 3.6 and 3.7: {row}"
     if (arch, dtype) == (90, "bfloat16"):
-        forward = rows[:2]
-        assert [row["kernel"] for row in forward] == ["kda_chunk_fwd_prepare_kernel", "kda_chunk_fwd_walk_kernel"]
-        assert all(row["stack_bytes"] == 0 for row in forward), forward
-        assert all(row["hgmma"] for row in forward), forward
+        chunkwise = [row for row in rows if row["kernel"].startswith("kda_chunk") and "heads" not in row["kernel"]]
+        assert all(row["hmma"] for row in chunkwise), chunkwise
+        assert all(row["stack_bytes"] <= MOST_SPILLED_BYTES for row in rows), rows
 
 
 @pytest.mark.parametrize("name", ["default", "interpreter"])
