@@ -34,9 +34,9 @@ class Arithmetic:
     storage
         Format of intermediate tensors: normalised q and k, the inverse, W, U, pseudo-values.
     operand
-        Format that matrix products round their operands to; ``None`` means they take them as stored.
+        Format that matrix products round their operands to, cotangents in the backward included; ``None`` means they take them as stored.
     score_operand
-        Format of the operands of the score matrices; ``None`` means as stored.
+        Format of the decayed rows that the score matrices are products of; ``None`` means as stored.
     state
         Format of the state carried between chunks.
     truncates
@@ -62,10 +62,10 @@ CLASSES = {
         Arithmetic(name="fp64", storage="fp32", operand=None, score_operand=None),
         Arithmetic(name="fp32", storage="fp32", operand=None, score_operand=None),
         Arithmetic(name="tf32", storage="fp32", operand="tf32", score_operand="tf32", truncates=True),
-        Arithmetic(name="bf16", storage="bf16", operand=None, score_operand="tf32"),
-        Arithmetic(name="fp16", storage="fp16", operand=None, score_operand="tf32"),
-        Arithmetic(name="bf16-state16", storage="bf16", operand=None, score_operand="bf16", state="bf16"),
-        Arithmetic(name="fp16-state16", storage="fp16", operand=None, score_operand="fp16", state="fp16"),
+        Arithmetic(name="bf16", storage="bf16", operand="bf16", score_operand="tf32"),
+        Arithmetic(name="fp16", storage="fp16", operand="fp16", score_operand="tf32"),
+        Arithmetic(name="bf16-state16", storage="bf16", operand="bf16", score_operand="bf16", state="bf16"),
+        Arithmetic(name="fp16-state16", storage="fp16", operand="fp16", score_operand="fp16", state="fp16"),
     )
 }
 """Every class a claim may name. The members of ``fp64`` are those of ``fp32``: its budget is theirs times ``2^-29``,

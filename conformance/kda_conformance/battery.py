@@ -105,6 +105,16 @@ RELATIONS = tuple(
 )
 """Calls on which the relations between two calls are checked."""
 
+WIDE_RELATIONS = tuple(
+    Case.parse(text)
+    for text in (
+        "T=1100 H=2 G=4 K=64 V=64 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=92",
+        "T=300 H=1 G=2 K=60 V=100 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 seed=93",
+        "T=500 H=2 G=2 K=128 V=128 gate=spikes seed=94",
+    )
+)
+"""The same at the widths of real models: what a compiler makes of a kernel depends on its tiles."""
+
 
 def cases_at(effort: str) -> tuple[Case, ...]:
     """Return the cases judged against the reference at an effort."""
@@ -113,7 +123,7 @@ def cases_at(effort: str) -> tuple[Case, ...]:
 
 def relation_cases_at(effort: str) -> tuple[Case, ...]:
     """Return the calls that relations are checked on at an effort."""
-    return RELATIONS[:2] if effort in ("quick", "wide") else RELATIONS
+    return {"quick": RELATIONS[:2], "wide": RELATIONS[:2] + WIDE_RELATIONS}.get(effort, RELATIONS)
 
 
 def fits(case: Case, dtype: str) -> bool:

@@ -146,8 +146,12 @@ def _scores(q: Tensor, k: Tensor, cumulative: Tensor, rounder: Rounder, arithmet
     q_L, k_L, cumulative_L = (t.unflatten(-2, (num_strips, STRIP)) for t in (q, k, cumulative))
     lower = torch.ones(STRIP, STRIP, dtype=torch.bool, device=k.device).tril()
     difference = (cumulative_L[..., :, None, :] - cumulative_L[..., None, :, :]).masked_fill(~lower[..., None], 0)
-    decay = _exp(difference, rounder) * lower[..., None]
-    diagonal_qk, diagonal_kk = (_pairwise(t, k_L, decay, rounder) for t in (q_L, k_L))
+    # Which token between the two the decay is split at is the implementation's choice; half on each side stands for all of them.
+    half = _exp(difference / 2, rounder) * lower[..., None]
+    columns = rounder.round(k_L[..., None, :, :] * half, arithmetic.score_operand)
+    diagonal_qk, diagonal_kk = (
+        _pairwise(rounder.round(t[..., :, None, :] * half, arithmetic.score_operand), columns, rounder) for t in (q_L, k_L)
+    )
     rows_qk, rows_kk = [], []
     for i, strip in enumerate(strips):
         past = slice(0, i * STRIP)
@@ -165,9 +169,9 @@ def _scores(q: Tensor, k: Tensor, cumulative: Tensor, rounder: Rounder, arithmet
     return torch.cat(rows_qk, -2), torch.cat(rows_kk, -2)
 
 
-def _pairwise(a: Tensor, b: Tensor, decay: Tensor, rounder: Rounder) -> Tensor:
-    """Return ``sum_d a_id b_jd decay_ijd`` with the noise of an fp32 accumulation."""
-    terms = a[..., :, None, :] * b[..., None, :, :] * decay
+def _pairwise(a: Tensor, b: Tensor, rounder: Rounder) -> Tensor:
+    """Return ``sum_d a_ijd b_ijd`` with the noise of an fp32 accumulation."""
+    terms = a * b
     product = terms.sum(-1)
     with torch.no_grad():
         noisy = rounder.accumulate(product, (terms * terms).sum(-1), a.shape[-1])

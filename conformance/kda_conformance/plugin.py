@@ -16,7 +16,7 @@ from kda_conformance.cases import Case
 from kda_conformance.claims import DTYPES, UsageError, narrow, read_claims
 from kda_conformance.discovery import find_implementation
 from kda_conformance.rows import RowWriter, run_row
-from kda_conformance.subject import Call, Subject
+from kda_conformance.subject import Call, LawViolation, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -164,7 +164,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     decisive = report.when == "call" or (report.when == "setup" and report.outcome != "passed")
     if decisive:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        this: Call | None = params.get("call")
+        violation = call.excinfo.value if call.excinfo is not None else None
+        this: Call | None = violation.call if isinstance(violation, LawViolation) else params.get("call")
+        if report.failed and isinstance(report.longrepr, str):
+            # An expected failure that passes is reported by its reason alone.
+            report.longrepr += "\nthe declared deviation is gone: delete its entry from the deviations file"
         report.user_properties.append((REPORTED, _verdict(item, report, call, subject, this, params.get("dtype", ""))))
     return report
 
@@ -193,7 +197,7 @@ def _verdict(
             "outcome": _outcome(report),
             "score": max(scores, default=None),
             "message": message,
-            "reproduction": subject.reproduction(this) if this else "",
+            "reproduction": subject.reproduction(this) if this else subject.rerun(dtype) if dtype else "",
             "seconds": round(report.duration, 4),
         },
     }

@@ -93,22 +93,37 @@ class Rounder:
         """Multiply with operands rounded to ``fmt`` and fp32 accumulation, forward and backward."""
         return _RoundedMatmul.apply(a, b, fmt, self)  # type: ignore[no-any-return,no-untyped-call]
 
-    def accumulate(self, product: Tensor, sum_of_squares: Tensor, num_terms: int) -> Tensor:
+    def accumulate(
+        self, product: Tensor, sum_of_squares: Tensor, num_terms: int, square_of_sums: Tensor | None = None
+    ) -> Tensor:
         """Add the noise of an fp32 accumulation of ``num_terms`` products, then round to fp32.
 
-        The standard deviation is ``0.4 u32 sqrt(n / 2) sqrt(sum (ab)^2 + (sum ab)^2)``: partial sums grow like a random walk
-        towards the total, each is rounded once, and 0.4 is between the uniform rounding error's 0.29 and its bound 0.5.
+        The standard deviation is ``0.4 u32 sqrt(n / 2) sqrt(sum (ab)^2 + S^2)`` with ``S`` the total: partial sums grow like a random
+        walk towards it, each is rounded once, and 0.4 is between the uniform rounding error's 0.29 and its bound 0.5.
+
+        Parameters
+        ----------
+        square_of_sums
+            ``S^2``; ``None`` means that of ``product``.
         """
         if self.truncates:
             return product
-        deviation = ACCUMULATION * U32 * (num_terms / 2) ** 0.5 * (sum_of_squares + product**2).sqrt()
+        square_of_sums = product**2 if square_of_sums is None else square_of_sums
+        deviation = ACCUMULATION * U32 * (num_terms / 2) ** 0.5 * (sum_of_squares + square_of_sums).sqrt()
         seeds = member_seeds(self.first_seed + 7919, self.count, product.dim(), self.device)
         uniform = ((hash_bits(product, seeds) >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
         return self.raw(product + deviation * UNIFORM_TO_UNIT_VARIANCE * (uniform - 0.5), "fp32")
 
     def exact_matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply already rounded operands with fp32 accumulation, outside of the derivative graph."""
-        return self.accumulate(a @ b, (a * a) @ (b * b), a.shape[-1])
+        """Multiply already rounded operands with fp32 accumulation, outside of the derivative graph.
+
+        Hardware and libraries sum in interleaved lanes. Where signs alternate, as they do in the inverse of nearly identical keys, each
+        lane grows while the total does not; so ``S^2`` is twice the squares of the even and of the odd sum, which is the square of the
+        total where the two agree and more where they cancel.
+        """
+        even = a[..., ::2] @ b[..., ::2, :]
+        odd = a[..., 1::2] @ b[..., 1::2, :]
+        return self.accumulate(even + odd, (a * a) @ (b * b), a.shape[-1], 2 * (even**2 + odd**2))
 
 
 class _RoundBothWays(torch.autograd.Function):

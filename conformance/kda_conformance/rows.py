@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,19 +73,35 @@ class RowWriter:
 
 def run_row(subject: Subject, effort: str, run: str) -> dict[str, Any]:
     """Return the opening row: who is judged, on what claims, where."""
+    opening = _opening(subject.implementation.name, subject.implementation.version, effort, run)
+    return {**opening, "device": subject.device, "claims": subject.claims.describe()}
+
+
+def _opening(implementation: str, version: str, effort: str, run: str) -> dict[str, Any]:
     return {
         "kind": "run",
         "schema": SCHEMA,
         "run": run,
-        "implementation": subject.implementation.name,
-        "version": subject.implementation.version,
+        "implementation": implementation,
+        "version": version,
         "effort": effort,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": subject.device,
-        "claims": subject.claims.describe(),
         "fingerprint": fingerprint(),
         "seed": 0,
     }
+
+
+def unloaded_rows(path: Path, spec: str, effort: str, message: str) -> None:
+    """Write the rows of an implementation that could not be loaded, so that a report does not pass over it."""
+    writer = RowWriter(path)
+    opening = _opening(spec, "unknown", effort, writer.run)
+    writer.write({**opening, "device": "none", "claims": {}})
+    verdict = {
+        "law": "loading", "test": "loading", "case": "", "dtype": "", "precision": "", "outcome": "error", "score": None,
+        "message": message, "reproduction": "", "seconds": 0.0,
+    }  # fmt: skip
+    writer.verdict(verdict, [])
+    writer.finish("usage")
 
 
 def fingerprint() -> dict[str, Any]:
@@ -117,8 +133,8 @@ def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 def _installed(name: str) -> str | None:
     try:
-        return version(name)
-    except PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 

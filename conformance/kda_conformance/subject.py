@@ -41,7 +41,17 @@ class Call:
 
 
 class LawViolation(AssertionError):  # noqa: N818 - a failed assertion, not an error of the suite
-    """An implementation broke a law; the text says which, where, by how much, and how to see it again."""
+    """An implementation broke a law; the text says which, where, by how much, and how to see it again.
+
+    Attributes
+    ----------
+    call
+        On what it was broken.
+    """
+
+    def __init__(self, message: str, call: Call) -> None:
+        super().__init__(message)
+        self.call = call
 
 
 @dataclass
@@ -184,11 +194,15 @@ class Subject:
         """Raise a violation that names implementation, law and case, and how to reproduce it."""
         __tracebackhide__ = True
         message = f"{self.implementation.name} breaks the law {self.law} on {call.dtype} [{call.case}]\n  {what}\n  {self.reproduction(call)}"
-        raise LawViolation(message)
+        raise LawViolation(message, call)
 
     def reproduction(self, call: Call) -> str:
         """Return the one-line command that runs this law on this case again."""
-        return f'kda reproduce --impl {self.spec}{self.options} --law {self.law} --dtype {call.dtype} --case "{call.case}"'
+        return f'{self.rerun(call.dtype)} --case "{call.case}"'
+
+    def rerun(self, dtype: str) -> str:
+        """Return the one-line command that runs this law again on every call it makes in a dtype."""
+        return f"kda reproduce --impl {self.spec}{self.options} --law {self.law} --dtype {dtype}"
 
     def _record(self, call: Call, judgement: Judgement, inputs: KdaInputs) -> None:
         case = call.case

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from kda_conformance.rows import unloaded_rows
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
@@ -87,7 +89,7 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
     specs
         Implementations, as ``--impl`` takes them.
     options
-        Further pytest options, the same for all.
+        Further pytest options, the same for all; ``--effort`` is among them.
     out
         Folder of the results; existing rows are replaced.
 
@@ -102,10 +104,10 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
     with tempfile.TemporaryDirectory() as folder:
         trials = [Trial(spec, Path(folder) / f"{i}.jsonl", out / f"log-{i}.txt") for i, spec in enumerate(specs)]
         _run(trials, options, console)
-        with rows.open("w") as file:
-            for trial in trials:
-                if trial.rows.is_file():
-                    file.write(trial.rows.read_text())
+        for trial in trials:
+            if not trial.rows.is_file():
+                unloaded_rows(trial.rows, trial.spec, options[options.index("--effort") + 1], _last_lines(trial.log))
+        rows.write_text("".join(trial.rows.read_text() for trial in trials))
     for trial in trials:
         if trial.exit in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED):
             console.print(f"[bold]{trial.spec}[/bold]: {_last_lines(trial.log)}")
@@ -132,11 +134,16 @@ def _run(trials: list[Trial], options: Sequence[str], console: Console) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _start(trial: Trial, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [
+def suite_command(spec: str, *options: str) -> list[str]:
+    """Return the command that judges one implementation in a process of its own."""
+    return [
         sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "--tb=short", "-p", "no:cacheprovider",
-        "--impl", trial.spec, "--kda-rows", str(trial.rows), *options,
+        "--impl", spec, *options,
     ]  # fmt: skip
+
+
+def _start(trial: Trial, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = suite_command(trial.spec, "--kda-rows", str(trial.rows), *options)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     log: TextIO
     with trial.log.open("w") as log:

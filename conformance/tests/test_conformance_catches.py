@@ -105,5 +105,8 @@ def test_a_declared_deviation_is_expected_and_a_stale_one_is_bad_usage(implement
     done = run_suite(*options, "--law", "prefix-causality")
     assert done.returncode == pytest.ExitCode.OK, done.stdout
     assert "xfailed" in done.stdout
+    fixed = run_suite("--impl", f"{implementation}:right", *options[2:], "--law", "prefix-causality")
+    assert fixed.returncode == pytest.ExitCode.TESTS_FAILED, fixed.stdout
+    assert "delete its entry" in fixed.stdout
     deviations.write_text('[[deviation]]\ntest = "test_gone.py::*"\nreason = "none"\nissue = "#2"\n')
     assert run_suite(*options).returncode == pytest.ExitCode.USAGE_ERROR

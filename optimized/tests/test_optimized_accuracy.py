@@ -101,6 +101,20 @@ def test_gradient_of_a_strongly_decayed_gate_keeps_its_relative_accuracy(calls: 
     assert relative_error(gradients["g"], expected.g) < 1e-5
 
 
+def test_channels_that_nearly_forget_the_state_keep_their_own_relative_accuracy(calls: Calls) -> None:
+    """The decay of the first token spans 40 nats over the channels; the weakest gradient is 1e-17 of the strongest."""
+    g = torch.full((1, 1, 1, 16), -0.01)
+    g[0, 0, 0] = torch.linspace(-40, 0, 16)
+    inputs = calls(dtype=torch.bfloat16, T=1, g=g, initial_state=calls.normal(1, 1, 16, 16))
+    do, dfinal = calls.normal(*inputs.v.shape).bfloat16().to(DEVICE), calls.normal(1, 1, 16, 16).to(DEVICE)
+    _, gradients = differentiate(inputs, do, dfinal)
+    _, expected = recurrent_kda_vjp(inputs, do, dfinal)
+    assert expected.initial_state is not None
+    for channel in range(16):
+        error = relative_error(gradients["initial_state"][0, 0, channel], expected.initial_state[0, 0, channel])
+        assert error < STATE_LIMIT[torch.bfloat16], channel
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e6, 1e30])
 def test_values_and_states_of_any_magnitude_keep_their_accuracy(calls: Calls, magnitude: float) -> None:
     inputs = calls(dtype=torch.bfloat16, initial_state=magnitude * calls.normal(1, 1, 16, 16))

@@ -1,0 +1,5 @@
+"""``python -m kda_conformance`` is the command ``kda``."""
+
+from kda_conformance.cli import main
+
+main()
