@@ -97,7 +97,9 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         systematic = [recurrences[name][-1] - value]
         if truncated is not None:
             systematic.append(truncated[name][0] - value)
-        spread = _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + sum(error**2 for error in systematic)
+        spread = (
+            _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + sum(error**2 for error in systematic)
+        )
         spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)
         dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
         strict = (spread + (certified.bound[name] + SMALLEST[dtype]) ** 2).clamp(min=SMALLEST[torch.float64])

@@ -100,7 +100,13 @@ class Case:
         for item in fields(self):
             value = getattr(self, item.name)
             if value != item.default or item.name == "T":
-                text = ",".join(map(str, value)) if item.name == "T" else str(int(value)) if isinstance(value, bool) else str(value)
+                text = (
+                    ",".join(map(str, value))
+                    if item.name == "T"
+                    else str(int(value))
+                    if isinstance(value, bool)
+                    else str(value)
+                )
                 words.append(f"{item.name}={text}")
         return " ".join(words)
 
@@ -199,7 +205,10 @@ class Case:
             safe_gate=self.gate_form == "bounded",
             lower_bound=regimes.LOWER_BOUND if self.gate_form == "bounded" else None,
             state_v_first=self.v_first,
-            **{name: tensor.to(torch.float64 if dtype == torch.float64 else torch.float32) for name, tensor in parameters.items()},
+            **{
+                name: tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)
+                for name, tensor in parameters.items()
+            },
         )
         return move(arguments, device)
 

@@ -53,7 +53,9 @@ class Claims:
     """
 
     precision: Mapping[str, str] = field(
-        default_factory=lambda: {DTYPE_NAMES[d]: DEFAULT_CLASS[d] for d in (torch.float32, torch.bfloat16, torch.float16)}
+        default_factory=lambda: {
+            DTYPE_NAMES[d]: DEFAULT_CLASS[d] for d in (torch.float32, torch.bfloat16, torch.float16)
+        }
     )
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     backward: bool = True
@@ -78,7 +80,9 @@ class Claims:
         plain: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            plain[item.name] = sorted(value) if isinstance(value, frozenset) else dict(value) if item.name == "precision" else value
+            plain[item.name] = (
+                sorted(value) if isinstance(value, frozenset) else dict(value) if item.name == "precision" else value
+            )
         return plain
 
 
@@ -140,7 +144,9 @@ def _precision(value: object, source: str) -> dict[str, str]:
             raise UsageError(message)
         return {DTYPE_NAMES[CLASSES[value].input_dtype]: value}
     if not isinstance(value, dict) or not value:
-        message = f"{source}: precision must be a class name or a table dtype = class, got {value!r}; see docs/adopting.md"
+        message = (
+            f"{source}: precision must be a class name or a table dtype = class, got {value!r}; see docs/adopting.md"
+        )
         raise UsageError(message)
     for dtype, name in value.items():
         if dtype not in DTYPES or name not in CLASSES:

@@ -21,7 +21,9 @@ from kda_conformance.devices import interpret_triton_without_gpu
 
 FAIL, USAGE, NOTHING = 1, 2, 5
 
-app = typer.Typer(help="The neutral referee for Kimi Delta Attention.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="The neutral referee for Kimi Delta Attention.", no_args_is_help=True, pretty_exceptions_enable=False
+)
 
 
 class Effort(StrEnum):
@@ -35,7 +37,10 @@ class Effort(StrEnum):
 
 Implementations = Annotated[
     list[str] | None,
-    typer.Option("--impl", help="Entry point, package.module:callable or path/file.py:callable; repeatable. Default: all that are installed."),
+    typer.Option(
+        "--impl",
+        help="Entry point, package.module:callable or path/file.py:callable; repeatable. Default: all that are installed.",
+    ),
 ]
 
 
@@ -69,7 +74,9 @@ def reproduce(
     impl: Annotated[str, typer.Option("--impl", help="The implementation.")],
     law: Annotated[str, typer.Option(help="The law that failed.")],
     dtype: Annotated[str, typer.Option(help="Input dtype.")],
-    case: Annotated[str | None, typer.Option(help="The text of the case; not for laws that make their own calls.")] = None,
+    case: Annotated[
+        str | None, typer.Option(help="The text of the case; not for laws that make their own calls.")
+    ] = None,
     claims: Annotated[Path | None, typer.Option(help="The claims file of the run.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
 ) -> None:
@@ -121,7 +128,9 @@ def overall(statuses: list[int]) -> int:
 
 
 def _words(status: int) -> str:
-    return {0: "pass", 1: "FAIL", 4: "bad usage", 5: "nothing was judged, which is no pass"}.get(status, f"ended with status {status}")
+    return {0: "pass", 1: "FAIL", 4: "bad usage", 5: "nothing was judged, which is no pass"}.get(
+        status, f"ended with status {status}"
+    )
 
 
 def _report(out: Path) -> Path | None:

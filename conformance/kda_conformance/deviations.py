@@ -50,7 +50,9 @@ def read_deviations(path: Path) -> list[Deviation]:
         message = f"deviations file {path} must be readable TOML, got {error}; fix the file or the option"
         raise UsageError(message) from error
     if set(content) - {"deviation"}:
-        message = f"deviations file {path} must hold only [[deviation]] tables, got {sorted(content)}; see docs/adopting.md"
+        message = (
+            f"deviations file {path} must hold only [[deviation]] tables, got {sorted(content)}; see docs/adopting.md"
+        )
         raise UsageError(message)
     found = []
     for number, entry in enumerate(content.get("deviation", []), start=1):
@@ -79,7 +81,9 @@ def apply(path: Path, items: list[pytest.Item], *, partial: bool) -> None:
     for deviation in read_deviations(path):
         matched = [item for item in items if deviation.matches(item.nodeid)]
         if not matched and not partial:
-            message = f"deviation {deviation.test!r} of {path} must match a collected test, got none; delete or rename it"
+            message = (
+                f"deviation {deviation.test!r} of {path} must match a collected test, got none; delete or rename it"
+            )
             raise UsageError(message)
         for item in matched:
             item.add_marker(pytest.mark.xfail(reason=f"{deviation.reason} ({deviation.issue})", strict=True))

@@ -63,7 +63,9 @@ def _as_implementation(found: Any, name: str, release: str) -> Implementation:  
         found = found()
     if hasattr(found, "forward") and hasattr(found, "claims"):
         if not isinstance(found, Implementation):
-            lacking = [member for member in ("name", "version", "claims", "forward", "vjp") if not hasattr(found, member)]
+            lacking = [
+                member for member in ("name", "version", "claims", "forward", "vjp") if not hasattr(found, member)
+            ]
             message = f"--impl {name} must follow kda_conformance.implementation.Implementation, got an object that lacks {lacking}"
             raise UsageError(message)
         return found

@@ -52,7 +52,11 @@ def log_decay(leaves: dict[str, Tensor], inputs: KdaInputs, rounder: Rounder | E
     """Return the log decay of the softplus or bounded gate [KL eq. 10] for members' leaves, in nats."""
     x = leaves["g"]
     bias = leaves["dt_bias"].reshape(x.shape[0], 1, 1, x.shape[3], x.shape[4]) if "dt_bias" in leaves else 0.0
-    a_log = leaves["A_log"].reshape(x.shape[0], 1, 1, x.shape[3], 1) if "A_log" in leaves else torch.zeros_like(x[:, :1, :1, :, :1])
+    a_log = (
+        leaves["A_log"].reshape(x.shape[0], 1, 1, x.shape[3], 1)
+        if "A_log" in leaves
+        else torch.zeros_like(x[:, :1, :1, :, :1])
+    )
     return activations.gate(x + bias, a_log, inputs.lower_bound, rounder)
 
 
@@ -139,7 +143,9 @@ def _exp(x: Tensor, rounder: Rounder) -> Tensor:
     return rounder.round(x.exp(), "fp32")
 
 
-def _scores(q: Tensor, k: Tensor, cumulative: Tensor, rounder: Rounder, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+def _scores(
+    q: Tensor, k: Tensor, cumulative: Tensor, rounder: Rounder, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
     """Return the lower triangles of ``(Gamma q)(k / Gamma)^T`` and ``(Gamma k)(k / Gamma)^T``, strip by strip."""
     chunk, num_strips = k.shape[-2], k.shape[-2] // STRIP
     strips = [slice(i * STRIP, (i + 1) * STRIP) for i in range(num_strips)]
@@ -150,7 +156,8 @@ def _scores(q: Tensor, k: Tensor, cumulative: Tensor, rounder: Rounder, arithmet
     half = _exp(difference / 2, rounder) * lower[..., None]
     columns = rounder.round(k_L[..., None, :, :] * half, arithmetic.score_operand)
     diagonal_qk, diagonal_kk = (
-        _pairwise(rounder.round(t[..., :, None, :] * half, arithmetic.score_operand), columns, rounder) for t in (q_L, k_L)
+        _pairwise(rounder.round(t[..., :, None, :] * half, arithmetic.score_operand), columns, rounder)
+        for t in (q_L, k_L)
     )
     rows_qk, rows_kk = [], []
     for i, strip in enumerate(strips):
@@ -187,7 +194,9 @@ class _Inverse(torch.autograd.Function):
         blocks = scores.unflatten(-2, (num_strips, STRIP)).unflatten(-1, (num_strips, STRIP)).transpose(-3, -2)
         identity = torch.eye(STRIP, dtype=scores.dtype, device=scores.device)
         diagonal = torch.diagonal(blocks, dim1=-4, dim2=-3).movedim(-1, -3)
-        solved = rounder.raw(torch.linalg.solve_triangular(identity + diagonal, identity.expand_as(diagonal), upper=False), "fp32")
+        solved = rounder.raw(
+            torch.linalg.solve_triangular(identity + diagonal, identity.expand_as(diagonal), upper=False), "fp32"
+        )
         merge = None if arithmetic.name in ("fp32", "fp64") else "tf32"
         inverse = torch.zeros_like(scores)
         for i in range(num_strips):
@@ -249,7 +258,9 @@ class _Disturb(torch.autograd.Function):
         return grad * (1 + ctx.size * ctx.noise.uniform(grad.shape)), None, None
 
 
-def recurrence_member(x: Operands, state: Tensor, *, noise: NoisyFloat32, exp_noise: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def recurrence_member(
+    x: Operands, state: Tensor, *, noise: NoisyFloat32, exp_noise: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Run the token recurrence in noisy float32 on operands laid side by side.
 
     ``exp_noise [R, N, G, T, K]`` is the relative error of ``exp(log_decay)``; it is hashed from the value, because a constant gate errs the

@@ -46,7 +46,9 @@ def problems(dtype: str, device: str, claims: Claims) -> Iterator[ExactProblem]:
             k_width = 16  # noqa: PLW2901
         if value_heads != heads and not claims.grouped_values:
             value_heads = heads  # noqa: PLW2901
-        case = Case(T=(length,), H=heads, G=value_heads, K=k_width, V=v_width, seed=seed, scale=0.25 if claims.scale else 0.0)
+        case = Case(
+            T=(length,), H=heads, G=value_heads, K=k_width, V=v_width, seed=seed, scale=0.25 if claims.scale else 0.0
+        )
         if case.unclaimed(claims) not in (None, "initial_state"):
             continue
         yield _problem(case, dtype, device, with_state=claims.initial_state)
@@ -78,7 +80,9 @@ def _problem(case: Case, dtype: str, device: str, *, with_state: bool) -> ExactP
         for head in range(case.G):
             if beta_TG[t, head]:
                 state[head, k_index[t, head // group]] = v_TGV[t, head]
-        outputs.append(torch.stack([state[head, q_index[t, head // group]] for head in range(case.G)]) * inputs.effective_scale)
+        outputs.append(
+            torch.stack([state[head, q_index[t, head // group]] for head in range(case.G)]) * inputs.effective_scale
+        )
     return ExactProblem(
         call=Call(case, dtype),
         inputs=move(inputs, device),

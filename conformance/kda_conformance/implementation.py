@@ -72,9 +72,15 @@ class FunctionImplementation:
         self.function, self.name, self.version = function, name, version
         signature = inspect.signature(function)
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
-        lost = {} if takes_any else {claim: False for name, claim in CLAIM_OF_PARAMETER.items() if name not in signature.parameters}
+        lost = (
+            {}
+            if takes_any
+            else {claim: False for name, claim in CLAIM_OF_PARAMETER.items() if name not in signature.parameters}
+        )
         claims = narrow(Claims(), lost, name)
-        attributes = {item.name: getattr(function, item.name) for item in fields(Claims) if hasattr(function, item.name)}
+        attributes = {
+            item.name: getattr(function, item.name) for item in fields(Claims) if hasattr(function, item.name)
+        }
         self.claims = narrow(claims, attributes, name)
 
     def forward(self, inputs: KdaInputs) -> KdaResult:
@@ -86,7 +92,11 @@ class FunctionImplementation:
         """Evaluate the call and its gradients by autograd; an input that the result does not depend on has gradient zero."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
         result = self._call(inputs.replace(**leaves))
-        pairs = [(out, grad) for out, grad in ((result.o, do), (result.final_state, dfinal_state)) if out is not None and grad is not None]
+        pairs = [
+            (out, grad)
+            for out, grad in ((result.o, do), (result.final_state, dfinal_state))
+            if out is not None and grad is not None
+        ]
         pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)

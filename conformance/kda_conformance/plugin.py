@@ -29,12 +29,22 @@ REPORTED = "kda"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of a conformance run."""
     group = parser.getgroup("kda", "Kimi Delta Attention conformance")
-    group.addoption("--impl", dest="kda_impl", metavar="SPEC", help="entry point, package.module:callable or path/file.py:callable")
-    group.addoption("--claims", dest="kda_claims", metavar="FILE", help="TOML that narrows what the implementation claims")
-    group.addoption("--deviations", dest="kda_deviations", metavar="FILE", help="TOML of declared failures: test, reason, issue")
+    group.addoption(
+        "--impl", dest="kda_impl", metavar="SPEC", help="entry point, package.module:callable or path/file.py:callable"
+    )
+    group.addoption(
+        "--claims", dest="kda_claims", metavar="FILE", help="TOML that narrows what the implementation claims"
+    )
+    group.addoption(
+        "--deviations", dest="kda_deviations", metavar="FILE", help="TOML of declared failures: test, reason, issue"
+    )
     group.addoption("--effort", dest="kda_effort", choices=battery.EFFORTS, default="standard", help="how much is run")
-    group.addoption("--kda-device", dest="kda_device", default=None, help="cpu or cuda; default: cuda where available and claimed")
-    group.addoption("--kda-rows", dest="kda_rows", metavar="FILE", help="append one JSON row per verdict and measurement")
+    group.addoption(
+        "--kda-device", dest="kda_device", default=None, help="cpu or cuda; default: cuda where available and claimed"
+    )
+    group.addoption(
+        "--kda-rows", dest="kda_rows", metavar="FILE", help="append one JSON row per verdict and measurement"
+    )
     group.addoption("--law", dest="kda_law", help="run only this law")
     group.addoption("--case", dest="kda_case", help="run laws on this case instead of the battery")
     group.addoption("--dtype", dest="kda_dtype", choices=sorted(DTYPES), help="run only this input dtype")
@@ -42,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the implementation before anything is collected, so that a wrong name is a usage error."""
-    config.addinivalue_line("markers", "law(name, cases=None, generated=False): the law a test states, and the cases it runs on")
+    config.addinivalue_line(
+        "markers", "law(name, cases=None, generated=False): the law a test states, and the cases it runs on"
+    )
     if config.getoption("kda_impl") is None:
         return
     pytest.register_assert_rewrite("kda_conformance.suite")
@@ -78,7 +90,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     chosen = metafunc.config.getoption("kda_dtype")
     if chosen is not None and chosen not in subject.claims.precision:
-        message = f"--dtype must be claimed by {subject.spec}, got {chosen}; claimed are {sorted(subject.claims.precision)}"
+        message = (
+            f"--dtype must be claimed by {subject.spec}, got {chosen}; claimed are {sorted(subject.claims.precision)}"
+        )
         raise pytest.UsageError(message)
     dtypes = [chosen] if chosen else list(subject.claims.precision)
     if "dtype" in metafunc.fixturenames:
@@ -120,7 +134,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if _law(item) != law])
         items[:] = kept
     if path := config.getoption("kda_deviations"):
-        partial = bool(law or config.getoption("kda_case") or config.getoption("kda_dtype") or config.getoption("keyword"))
+        partial = bool(
+            law or config.getoption("kda_case") or config.getoption("kda_dtype") or config.getoption("keyword")
+        )
         try:
             deviations.apply(Path(path), items, partial=partial)
         except UsageError as error:
@@ -155,7 +171,9 @@ def _skip_unclaimed_calls(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Attach to the report what the row needs; attached data travel from worker processes too."""
     report = yield
     subject = item.config.stash.get(SUBJECT, None)
@@ -174,7 +192,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _verdict(
-    item: pytest.Item, report: pytest.TestReport, call: pytest.CallInfo[None], subject: Subject, this: Call | None, dtype: str
+    item: pytest.Item,
+    report: pytest.TestReport,
+    call: pytest.CallInfo[None],
+    subject: Subject,
+    this: Call | None,
+    dtype: str,
 ) -> dict[str, Any]:
     measures = subject.measures if report.when == "call" else []
     dtype = this.dtype if this else dtype
@@ -216,7 +239,11 @@ def _outcome(report: pytest.TestReport) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Show laws that are not claimed as such, apart from ordinary skips."""
-    if report.skipped and any(name == REPORTED for name, _ in report.user_properties) and not hasattr(report, "wasxfail"):
+    if (
+        report.skipped
+        and any(name == REPORTED for name, _ in report.user_properties)
+        and not hasattr(report, "wasxfail")
+    ):
         return "unclaimed", "u", "UNCLAIMED"
     return None
 

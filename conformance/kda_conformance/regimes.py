@@ -74,10 +74,14 @@ def _zero_rows(draw: Draw, shape: tuple[int, ...]) -> Tensor:
 KEYS: dict[str, Regime] = {
     "random": lambda draw, shape: _unit(draw.normal(shape)),
     "near": _near,  # inverse by powers, missing cross blocks, backward through the inverse
-    "same": lambda draw, shape: _unit(draw.normal((shape[0], 1, *shape[2:]))).expand(shape).clone(),  # growth, coherent rounding
+    "same": lambda draw, shape: (
+        _unit(draw.normal((shape[0], 1, *shape[2:]))).expand(shape).clone()
+    ),  # growth, coherent rounding
     "positive": lambda draw, shape: _unit(draw.uniform(shape)),  # strong correlation
     "orthogonal": _orthogonal,  # erasure
-    "small": lambda draw, shape: _unit(draw.normal(shape)) * 10 ** (-4 + 3 * draw.uniform((*shape[:-1], 1))),  # epsilon's place
+    "small": lambda draw, shape: (
+        _unit(draw.normal(shape)) * 10 ** (-4 + 3 * draw.uniform((*shape[:-1], 1)))
+    ),  # epsilon's place
     "zero_rows": _zero_rows,  # 0 / 0 in the normalisation
 }
 
@@ -86,8 +90,9 @@ VALUES: dict[str, Regime] = {
     "big": lambda draw, shape: draw.normal(shape) * 1e4,  # absolute tolerances
     "tiny": lambda draw, shape: draw.normal(shape) * 1e-5,  # flushed operands, absolute tolerances
     "sparse": lambda draw, shape: draw.normal(shape) * (draw.uniform(shape) < 0.02),  # noqa: PLR2004 - leaks between tokens
-    "alternating": lambda draw, shape: draw.normal((shape[0], 1, *shape[2:]))
-    * (1 - 2.0 * (torch.arange(shape[1]) % 2)).reshape(1, -1, 1, 1),  # linear growth with repeated keys at beta 2
+    "alternating": lambda draw, shape: (
+        draw.normal((shape[0], 1, *shape[2:])) * (1 - 2.0 * (torch.arange(shape[1]) % 2)).reshape(1, -1, 1, 1)
+    ),  # linear growth with repeated keys at beta 2
 }
 
 STRENGTHS: dict[str, Regime] = {
@@ -139,7 +144,9 @@ GATES: dict[str, Regime] = {
     "moderate": lambda draw, shape: _per_head(logsigmoid(draw.normal(shape) + 3)),
     "zero": lambda draw, shape: torch.zeros(shape, dtype=torch.float64),  # state accumulation, DeltaNet
     "tiny": lambda draw, shape: _per_head(-1e-4 * draw.uniform(shape)),  # residuals of the inverse
-    "constant": lambda draw, shape: _per_head(torch.full(shape, -1e-3, dtype=torch.float64)),  # coherent rounding of exp
+    "constant": lambda draw, shape: _per_head(
+        torch.full(shape, -1e-3, dtype=torch.float64)
+    ),  # coherent rounding of exp
     "slow": lambda draw, shape: torch.full(shape, -2e-5, dtype=torch.float64),  # decays lost by a rounded state
     "bound": lambda draw, shape: torch.full(shape, LOWER_BOUND, dtype=torch.float64),  # overflow of exp(-cumsum)
     "uniform": lambda draw, shape: LOWER_BOUND * torch.sigmoid(3 * draw.normal(shape)),

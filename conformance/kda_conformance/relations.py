@@ -128,7 +128,9 @@ def rotate_values(inputs: KdaInputs, rotation: Tensor) -> KdaInputs:
     state = inputs.initial_state
     axis = -2 if inputs.state_v_first else -1
     turned = apply_last(inputs.v.double(), rotation, -1).to(inputs.v.dtype)
-    return inputs.replace(v=turned, initial_state=None if state is None else apply_last(state.double(), rotation, axis).to(state.dtype))
+    return inputs.replace(
+        v=turned, initial_state=None if state is None else apply_last(state.double(), rotation, axis).to(state.dtype)
+    )
 
 
 def half_unit(x: Tensor) -> Tensor:
@@ -228,6 +230,8 @@ def _normalised(inputs: KdaInputs, x: Tensor) -> Tensor:
 def _state(inputs: KdaInputs) -> Tensor:
     if inputs.initial_state is None:
         batch, heads = inputs.v.shape[0], inputs.v.shape[2]
-        return torch.zeros(batch, heads, inputs.k.shape[3], inputs.v.shape[3], dtype=torch.float64, device=inputs.q.device)
+        return torch.zeros(
+            batch, heads, inputs.k.shape[3], inputs.v.shape[3], dtype=torch.float64, device=inputs.q.device
+        )
     state = inputs.initial_state.double()
     return state.transpose(-1, -2) if inputs.state_v_first else state

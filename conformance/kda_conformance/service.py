@@ -65,7 +65,9 @@ def _key(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None, arit
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            digest.update(
+                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            )
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()

@@ -98,7 +98,9 @@ class Subject:
         self.check_form(call, inputs, {"o": result.o, "final_state": result.final_state})
         return result
 
-    def evaluate(self, call: Call, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> dict[str, Tensor]:
+    def evaluate(
+        self, call: Call, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None
+    ) -> dict[str, Tensor]:
         """Run a call with gradients; return outputs and gradients by name."""
         result, gradients = self.implementation.vjp(inputs, do, dfinal_state)
         found = {"o": result.o, "final_state": result.final_state}
@@ -132,7 +134,9 @@ class Subject:
         """Demand the shapes and dtypes of the contract."""
         wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
         expected = {"o": (tuple(inputs.v.shape), inputs.v.dtype), "final_state": (inputs.state_shape, wide)}
-        expected |= {GRADIENT_OF[name]: (tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.tensors().items()}
+        expected |= {
+            GRADIENT_OF[name]: (tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.tensors().items()
+        }
         for name, tensor in found.items():
             shape, dtype = expected[name]
             if not isinstance(tensor, torch.Tensor):
@@ -162,13 +166,16 @@ class Subject:
                 f"at {axis_index(worst)}\n"
                 f"  got {worst.got!r}, expected {worst.expected!r}, bound {worst.bound:.3g}\n"
                 f"  z {worst.z:.3g} of 10, slice {worst.slice_z:.3g} of 6, gain {worst.gain:.3g} of 8, "
-                f"relative error {worst.relative_error:.3g}" + (f"\n  also beyond the limit: {others}" if others else ""),
+                f"relative error {worst.relative_error:.3g}"
+                + (f"\n  also beyond the limit: {others}" if others else ""),
             )
 
     def compare(self, call: Call, name: str, one: Tensor, two: Tensor, deviation: Tensor) -> None:
         """Demand that two results of the same exact quantity differ by no more than two correct ones may."""
         __tracebackhide__ = True
-        budget = service.TensorBudget(value=two.double(), variance=2 * deviation**2, gain_rms=0.0, strict_variance=deviation**2)
+        budget = service.TensorBudget(
+            value=two.double(), variance=2 * deviation**2, gain_rms=0.0, strict_variance=deviation**2
+        )
         judgement = judge(name, one, budget, num_rounded=2)
         if not judgement.score <= 1:
             self.fail(
@@ -228,7 +235,15 @@ class Subject:
                 "by_token": _by_token(judgement),
                 "by_decay": _by_decay(judgement, inputs),
                 "regime": case.gate,
-                "shape": {"B": case.B, "T": case.num_tokens, "H": case.H, "G": case.G, "K": case.K, "V": case.V, "N": inputs.num_sequences},
+                "shape": {
+                    "B": case.B,
+                    "T": case.num_tokens,
+                    "H": case.H,
+                    "G": case.G,
+                    "K": case.K,
+                    "V": case.V,
+                    "N": inputs.num_sequences,
+                },
                 "reproduction": self.reproduction(call),
             }
         )
@@ -262,4 +277,6 @@ def _by_decay(judgement: Judgement, inputs: KdaInputs) -> list[list[float]]:
     order = accumulated.flatten().argsort()
     nats, largest = accumulated.flatten()[order], ratio.flatten()[order]
     step = math.ceil(nats.numel() / BINS)
-    return [[float(nats[i : i + step].mean()), float(largest[i : i + step].max())] for i in range(0, nats.numel(), step)]
+    return [
+        [float(nats[i : i + step].mean()), float(largest[i : i + step].max())] for i in range(0, nats.numel(), step)
+    ]

@@ -111,7 +111,9 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
     for trial in trials:
         if trial.exit in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.INTERRUPTED):
             console.print(f"[bold]{trial.spec}[/bold]: {_last_lines(trial.log)}")
-    return {trial.spec: trial.exit if trial.exit is not None else int(pytest.ExitCode.INTERNAL_ERROR) for trial in trials}
+    return {
+        trial.spec: trial.exit if trial.exit is not None else int(pytest.ExitCode.INTERNAL_ERROR) for trial in trials
+    }
 
 
 def _run(trials: list[Trial], options: Sequence[str], console: Console) -> None:

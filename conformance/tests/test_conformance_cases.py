@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kda_conformance import battery, strategies
 from kda_conformance.cases import Case
 from kda_conformance.claims import Claims, UsageError

@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
-IMPLEMENTATION = '''
+IMPLEMENTATION = """
 from kda_reference import chunkwise_kda
 import torch
 
@@ -40,7 +40,7 @@ def gradient_of_beta_lost(q, k, v, g, beta, **options):
 for function in (right, one_channel_of_one_token, state_of_another_sequence, future_leaks, gradient_of_beta_lost):
     function.precision = "fp32"
 not_callable = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -51,8 +51,18 @@ def implementation(tmp_path: Path) -> Path:
 
 
 def run_suite(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--pyargs",
+        "kda_conformance.suite",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *options,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,16 @@ def test_a_planted_bug_breaks_the_law_that_names_it(implementation: Path, name: 
 
 def test_the_unchanged_implementation_passes_and_leaves_complete_rows(implementation: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    done = run_suite("--impl", f"{implementation}:right", "--effort", "quick", "--law", "forward-matches-reference", "--kda-rows", str(rows))
+    done = run_suite(
+        "--impl",
+        f"{implementation}:right",
+        "--effort",
+        "quick",
+        "--law",
+        "forward-matches-reference",
+        "--kda-rows",
+        str(rows),
+    )
     assert done.returncode == pytest.ExitCode.OK, done.stdout
     kinds = [json.loads(line)["kind"] for line in rows.read_text().splitlines()]
     assert kinds[0] == "run"
@@ -85,7 +104,16 @@ def test_the_unchanged_implementation_passes_and_leaves_complete_rows(implementa
 def test_a_run_that_judges_nothing_is_no_pass(implementation: Path, tmp_path: Path) -> None:
     claims, rows = tmp_path / "claims.toml", tmp_path / "rows.jsonl"
     claims.write_text("backward = false\n")
-    options = ("--effort", "quick", "--law", "gradients-match-reference", "--claims", str(claims), "--kda-rows", str(rows))
+    options = (
+        "--effort",
+        "quick",
+        "--law",
+        "gradients-match-reference",
+        "--claims",
+        str(claims),
+        "--kda-rows",
+        str(rows),
+    )
     done = run_suite("--impl", f"{implementation}:right", *options)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
     assert json.loads(rows.read_text().splitlines()[-1])["exit"] == "nothing"
@@ -100,7 +128,9 @@ def test_a_wrong_name_is_bad_usage(implementation: Path, spec: str) -> None:
 
 def test_a_declared_deviation_is_expected_and_a_stale_one_is_bad_usage(implementation: Path, tmp_path: Path) -> None:
     deviations = tmp_path / "deviations.toml"
-    deviations.write_text('[[deviation]]\ntest = "test_causality.py::test_later*"\nreason = "adds the mean"\nissue = "#1"\n')
+    deviations.write_text(
+        '[[deviation]]\ntest = "test_causality.py::test_later*"\nreason = "adds the mean"\nissue = "#1"\n'
+    )
     options = ("--impl", f"{implementation}:future_leaks", "--effort", "quick", "--deviations", str(deviations))
     done = run_suite(*options, "--law", "prefix-causality")
     assert done.returncode == pytest.ExitCode.OK, done.stdout

@@ -39,7 +39,7 @@ class Calls:
         G: int | None = None,
         K: int = 16,
         V: int = 16,
-        **changes: Any,  # noqa: ANN401 - any field of the call
+        **changes: Any,
     ) -> KdaInputs:
         """Return a call with normalised q and k, mild decay and beta in [0, 1]; ``changes`` replaces arguments."""
         G = H if G is None else G
@@ -57,7 +57,7 @@ class Calls:
         }
         return KdaInputs(**placed)
 
-    def gated(self, *, lower_bound: float | None = None, **changes: Any) -> KdaInputs:  # noqa: ANN401
+    def gated(self, *, lower_bound: float | None = None, **changes: Any) -> KdaInputs:
         """Return a call with every activation in the kernel."""
         sizes = {"B": 1, "T": 70, "H": 1, "K": 16} | {
             name: changes[name] for name in ("B", "T", "H", "K") if name in changes

@@ -51,6 +51,8 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: 
     return kimi_linear.chunk_kimi_delta_attention(q, k, v, g=g, beta=beta, **options)  # type: ignore[no-any-return]
 
 
-def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any
+) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
     options.setdefault("initial_state", None)
     return kimi_linear.recurrent_kimi_delta_attention(q, k, v, g, beta, **options)  # type: ignore[no-any-return]

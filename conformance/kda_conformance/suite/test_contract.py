@@ -44,7 +44,9 @@ def test_inputs_are_left_untouched(subject: Subject, call: Call) -> None:
     subject.forward(call, inputs)
     for name, tensor in inputs.tensors().items():
         if not torch.equal(tensor, before[name]):
-            subject.fail(call, f"{name} must be left untouched, got {int((tensor != before[name]).sum())} changed elements")
+            subject.fail(
+                call, f"{name} must be left untouched, got {int((tensor != before[name]).sum())} changed elements"
+            )
 
 
 @pytest.mark.law("strides-do-not-matter", cases=battery.relation_cases_at)
@@ -71,6 +73,6 @@ def test_wrong_arguments_are_refused(subject: Subject, dtype: str, mistake: misu
         pytest.skip(f"unclaimed: {mistake.needs}")
     try:
         subject.implementation.forward(wrong)
-    except Exception:  # noqa: BLE001, S110 - any exception is a refusal
+    except Exception:  # noqa: BLE001 - any exception is a refusal
         return
     subject.fail(call, f"a call with {mistake} must be refused, got a result; raise an error that names the argument")

@@ -28,7 +28,13 @@ def test_changing_one_value_head_leaves_the_others_alone(subject: Subject, call:
     after = subject.forward(call, relations.disturb_head(inputs, head))
     assert after.final_state is not None
     subject.same_bits(call, "o", after.o[:, :, :head], before["o"][:, :, :head], f"only value head {head} changes")
-    subject.same_bits(call, "final_state", after.final_state[:, :head], before["final_state"][:, :head], f"only value head {head} changes")
+    subject.same_bits(
+        call,
+        "final_state",
+        after.final_state[:, :head],
+        before["final_state"][:, :head],
+        f"only value head {head} changes",
+    )
 
 
 @pytest.mark.law("rows-are-independent", cases=many_headed)
@@ -44,7 +50,9 @@ def test_a_batch_row_alone_gives_the_same_result(subject: Subject, call: Call) -
         alone = subject.forward(call, relations.rows(inputs, only))
         assert alone.final_state is not None
         subject.compare(call, "o", whole["o"][only], alone.o, deviation["o"][only])
-        subject.compare(call, "final_state", whole["final_state"][only], alone.final_state, deviation["final_state"][only])
+        subject.compare(
+            call, "final_state", whole["final_state"][only], alone.final_state, deviation["final_state"][only]
+        )
 
 
 @pytest.mark.law("head-order-is-free", cases=many_headed)

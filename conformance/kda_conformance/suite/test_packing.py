@@ -38,7 +38,13 @@ def test_packed_sequences_equal_separate_ones(subject: Subject, call: Call) -> N
         alone = subject.forward(call, relations.sequence(whole, row, span))
         assert alone.final_state is not None
         subject.compare(call, "o", packed["o"][:, span], alone.o, deviation["o"][:, span])
-        subject.compare(call, "final_state", packed["final_state"][row : row + 1], alone.final_state, deviation["final_state"][row : row + 1])
+        subject.compare(
+            call,
+            "final_state",
+            packed["final_state"][row : row + 1],
+            alone.final_state,
+            deviation["final_state"][row : row + 1],
+        )
 
 
 @pytest.mark.law("empty-sequences-pass-the-state-through", cases=packed_cases)
@@ -66,7 +72,10 @@ def test_changing_one_sequence_leaves_the_others_alone(subject: Subject, call: C
     span = slice(start, start + call.case.T[row])
     after = subject.forward(call, relations.disturb(inputs, span, state_rows=slice(row, row + 1)))
     assert after.final_state is not None
-    for name, one, two in (("o", before["o"].clone(), after.o.clone()), ("final_state", before["final_state"].clone(), after.final_state.clone())):
+    for name, one, two in (
+        ("o", before["o"].clone(), after.o.clone()),
+        ("final_state", before["final_state"].clone(), after.final_state.clone()),
+    ):
         changed = (slice(None), span) if name == "o" else (slice(row, row + 1),)
         one[changed], two[changed] = 0, 0
         subject.same_bits(call, name, one, two, f"only sequence {row} changes")

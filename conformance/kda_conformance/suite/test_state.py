@@ -39,7 +39,9 @@ def test_asking_for_the_final_state_changes_nothing_else(subject: Subject, call:
     inputs = subject.inputs(call).replace(output_final_state=False)
     result = subject.implementation.forward(inputs)
     if result.final_state is not None:
-        subject.fail(call, f"final_state must be None without output_final_state, got a tensor {tuple(result.final_state.shape)}")
+        subject.fail(
+            call, f"final_state must be None without output_final_state, got a tensor {tuple(result.final_state.shape)}"
+        )
     subject.compare(call, "o", result.o, with_state["o"], subject.budget(call)["o"].variance.sqrt())
 
 

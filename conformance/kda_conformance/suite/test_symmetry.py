@@ -22,7 +22,10 @@ def test_rotating_values_rotates_outputs_and_state(subject: Subject, call: Call)
     budgets = [subject.budget(call, inputs, backward=False) for inputs in (plain, turned)]
     assert one.final_state is not None
     assert two.final_state is not None
-    for name, a, b, axis in (("o", one.o, two.o, -1), ("final_state", one.final_state, two.final_state, -2 if call.case.v_first else -1)):
+    for name, a, b, axis in (
+        ("o", one.o, two.o, -1),
+        ("final_state", one.final_state, two.final_state, -2 if call.case.v_first else -1),
+    ):
         expected = relations.apply_last(a.double(), rotation, axis)
         spread = relations.apply_last(budgets[0][name].variance, rotation**2, axis)
         half = relations.apply_last(relations.half_unit(a) ** 2, rotation**2, axis)
