@@ -39,7 +39,10 @@ STANDARD = tuple(
     for text in (
         *(f"T={t} K=16 V=24 gate={gate} seed={t}" for t, gate in zip(
             (2, 3, 15, 16, 17, 31, 32, 47, 49, 63, 65, 127, 128),
-            ("moderate", "uniform", "alternating", "mixed", "holes", "bound", "layer", "zero", "spikes", "cliffs", "uniform", "mixed", "moderate"),
+            (
+                "moderate", "uniform", "alternating", "mixed", "holes", "bound", "layer", "zero", "spikes", "cliffs", "uniform", "mixed",
+                "moderate",
+            ),
             strict=True,
         )),
         "T=0 H=1 G=2 K=16 V=8 seed=20",

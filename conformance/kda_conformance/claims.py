@@ -95,8 +95,8 @@ def narrow(claims: Claims, changes: Mapping[str, Any], source: str) -> Claims:
     Parameters
     ----------
     changes
-        Field names and plain values, as a TOML file or the attributes of a callable give them. ``precision`` is either one class name, which
-        also decides the only input dtype to run, or a table from input dtype to class.
+        Field names and plain values, as a TOML file or the attributes of a callable give them. ``precision`` is either one class name,
+        which also decides the only input dtype to run, or a table from input dtype to class.
     source
         Where the changes come from, for messages.
 

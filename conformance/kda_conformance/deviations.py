@@ -1,7 +1,7 @@
 """Declared deviations: failures an adopter knows of, kept in the adopter's own repository.
 
-A TOML file of ``[[deviation]]`` tables with ``test`` (a test id, or a prefix ending in ``*``), ``reason`` and ``issue``. A declared failure is
-an expected failure; once fixed it fails and says so; an entry that matches nothing is a usage error.
+A TOML file of ``[[deviation]]`` tables with ``test`` (a test id, or a prefix ending in ``*``), ``reason`` and ``issue``. A declared
+failure is an expected failure; once fixed it fails and says so; an entry that matches nothing is a usage error.
 """
 
 from __future__ import annotations

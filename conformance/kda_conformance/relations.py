@@ -6,15 +6,20 @@ two results is the implementation's rounding, or its bug.
 
 from __future__ import annotations
 
-import torch
-from kda_reference import KdaInputs
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from kda_conformance.cases import Case
+import torch
+
 from kda_conformance.claims import DTYPES
 from kda_conformance.judge import unit_in_last_place
 from kda_conformance.regimes import Draw
-from kda_conformance.subject import Call
+
+if TYPE_CHECKING:
+    from kda_reference import KdaInputs
+    from torch import Tensor
+
+    from kda_conformance.cases import Case
+    from kda_conformance.subject import Call
 
 PER_TOKEN = ("q", "k", "v", "g", "beta")
 PER_VALUE_HEAD = ("v", "g", "beta")

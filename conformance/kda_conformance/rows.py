@@ -142,10 +142,14 @@ def _source_state() -> tuple[str | None, bool | None]:
     """Return commit and dirty flag of the checkout this package runs from, or ``None`` for an installed copy."""
     folder = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S607
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S607 - whichever git is on the path
         status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
-        )  # noqa: S607
+            ["git", "status", "--porcelain"],  # noqa: S607 - likewise
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None, None
     return head.stdout.strip(), bool(status.stdout.strip())

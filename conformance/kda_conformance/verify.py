@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -26,6 +25,8 @@ from kda_conformance.rows import unloaded_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
+
+    from rich.console import Console
 
 POLL_SECONDS = 0.5
 MAX_WORKERS = 2

@@ -30,5 +30,5 @@ def test_generated_cases_stay_within_the_claims(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("text", ["T", "T=x", "Z=3", "gate="])
 def test_a_wrong_case_is_bad_usage(text: str) -> None:
-    with pytest.raises(UsageError, match="case must be|must be a"):
+    with pytest.raises(UsageError, match=r"case must be|must be a"):
         Case.parse(text)

@@ -76,7 +76,8 @@ def chunk_kda(
     -----
     Deterministic, and prefix-causal bit for bit. Every gate is safe: a decay is only ever the exponential of a sum of log decays
     between two tokens. Float32 inputs are computed in float32; for 16-bit inputs the operands of matrix products carry
-    11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. The backward keeps the inputs only.
+    11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. The backward
+    keeps the inputs only.
 
     References
     ----------

@@ -99,10 +99,10 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
+        usage = subprocess.run(  # noqa: S603 - a tool of Triton's, on a file of ours
             [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout  # noqa: S603
+        code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout  # noqa: S603 - likewise
     registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
     if registers is None or stack is None:
         message = f"cuobjdump must report REG and STACK, got {usage!r}; adapt kda_optimized.compiled to this Triton"

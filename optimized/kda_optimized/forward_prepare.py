@@ -89,7 +89,7 @@ def kda_chunk_fwd_prepare_kernel(
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
     i_h = i_g // (G // H)
-    i_b, t_0, t_g, n_t = locate_chunk(i_c, cu_seqlens, chunk_table, T, BT)
+    i_b, t_0, _, n_t = locate_chunk(i_c, cu_seqlens, chunk_table, T, BT)
     i_cg = i_c.to(tl.int64) * G + i_g
     o_t = tl.arange(0, BT)
     o_k = tl.arange(0, BK)

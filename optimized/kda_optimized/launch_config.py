@@ -95,7 +95,10 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> Launc
         if operand_bytes <= rule["max_operand_bytes"] and width <= rule["max_width"]:
             blocks = {name: rule[name] for name in ("block_k", "block_v") if name in rule}
             return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **blocks)
-    message = f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; run python -m kda_optimized.tune"
+    message = (
+        f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; "
+        "run python -m kda_optimized.tune"
+    )
     raise LookupError(message)
 
 

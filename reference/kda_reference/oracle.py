@@ -172,10 +172,11 @@ def _activated(inputs: KdaInputs, x: dict[str, Exact]) -> tuple[Exact, Exact, Ex
     if inputs.use_gate_in_kernel:
         slope = exp(x["A_log"])[:, None] if "A_log" in x else mpmath.mpf(1)
         shifted = g + x["dt_bias"].reshape(g.shape[2:]) if "dt_bias" in x else g
-        if inputs.lower_bound is None:
-            g = -slope * log1p(exp(shifted))
-        else:
-            g = mpmath.mpf(inputs.lower_bound) / (1 + exp(-slope * shifted))
+        g = (
+            -slope * log1p(exp(shifted))
+            if inputs.lower_bound is None
+            else mpmath.mpf(inputs.lower_bound) / (1 + exp(-slope * shifted))
+        )
     if inputs.use_beta_sigmoid_in_kernel:
         beta = (2 if inputs.allow_neg_eigval else 1) / (1 + exp(-beta))
     return q, k, g, beta

@@ -1,7 +1,7 @@
 """The torch fallbacks of ``transformers`` (>= 5.23), implementations nobody here wrote.
 
-They compute in float32 whatever the input dtype. They take neither packing, grouped values, a scale, nor the gate and beta activations; those
-are not claimed.
+They compute in float32 whatever the input dtype. They take neither packing, grouped values, a scale, nor the gate and beta activations;
+those are not claimed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: 
 
 
 def _recurrent(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any
-) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    **options: Any,  # noqa: ANN401 - the public keywords
+) -> tuple[Tensor, Tensor | None]:
     options.setdefault("initial_state", None)
     return kimi_linear.recurrent_kimi_delta_attention(q, k, v, g, beta, **options)  # type: ignore[no-any-return]

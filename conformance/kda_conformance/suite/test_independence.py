@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from kda_conformance import relations
 from kda_conformance.cases import Case
-from kda_conformance.subject import Call, Subject
+
+if TYPE_CHECKING:
+    from kda_conformance.subject import Call, Subject
 
 
 def many_headed(effort: str) -> tuple[Case, ...]:
