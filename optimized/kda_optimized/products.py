@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""Device functions for matrix products of float32 tiles, in one of two arithmetics.
+"""Device functions for matrix products of float32 tiles, in one of two kinds of arithmetic.
 
 ``EXACT`` multiplies in float32 (float32 inputs). Otherwise the operands are brought to 16 bits for the tensor cores, in
 whichever of two ways fits:
