@@ -119,7 +119,7 @@ class Case:
         UsageError
             If a word is not ``field=value`` of a known field.
         """
-        types = {item.name: type(item.default) for item in fields(cls)}
+        types: dict[str, type[Any]] = {item.name: type(item.default) for item in fields(cls)}
         found: dict[str, Any] = {}
         for word in text.split():
             name, _, value = word.partition("=")
@@ -205,12 +205,9 @@ class Case:
             safe_gate=self.gate_form == "bounded",
             lower_bound=regimes.LOWER_BOUND if self.gate_form == "bounded" else None,
             state_v_first=self.v_first,
-            **{
-                name: tensor.to(torch.float64 if dtype == torch.float64 else torch.float32)
-                for name, tensor in parameters.items()
-            },
         )
-        return move(arguments, device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return move(arguments.replace(**{name: tensor.to(wide) for name, tensor in parameters.items()}), device)
 
     def _gate(self, draw: regimes.Draw, decay: Tensor, *, wide: bool) -> dict[str, Tensor]:
         """Return ``g`` and the gate's parameters such that the gate's log decay is ``decay`` up to rounding."""

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from kda_conformance import discovery, verify
+from kda_conformance.claims import UsageError
 from kda_conformance.devices import interpret_triton_without_gpu
 
 FAIL, USAGE, NOTHING = 1, 2, 5
@@ -111,7 +112,7 @@ def default_implementations() -> list[str]:
 def _loads(name: str) -> bool:
     try:
         discovery.find_implementation(name)
-    except discovery.UsageError:
+    except UsageError:
         return False
     return True
 

@@ -65,5 +65,5 @@ def _gate_arguments(members: Members) -> tuple[Tensor, Tensor]:
 def _by_chunk(members: Members, deviation: Tensor) -> Tensor:
     """Return, per value head and channel, the variance of a sum over all tokens."""
     spread = members.packing.spread(deviation[None])
-    chunks = pad(spread, (0, 0, 0, -spread.shape[3] % CHUNK)).unflatten(3, (-1, CHUNK))
+    chunks: Tensor = pad(spread, (0, 0, 0, -spread.shape[3] % CHUNK)).unflatten(3, (-1, CHUNK))
     return (chunks.sum(4) ** 2).sum((0, 1, 3))

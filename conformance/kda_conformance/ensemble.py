@@ -243,7 +243,7 @@ class NoisyFloat32:
         with torch.no_grad():
             squares = torch.einsum("rngk,rngkv->rngv", vector**2, matrix**2)
             deviation = ACCUMULATION * U32 * (vector.shape[-1] / 2) ** 0.5 * (squares + product**2).sqrt()
-            noise = deviation * UNIFORM_TO_UNIT_VARIANCE * 0.5 * self.uniform(product.shape)
+            noise: Tensor = deviation * UNIFORM_TO_UNIT_VARIANCE * 0.5 * self.uniform(product.shape)
         return product + noise
 
 

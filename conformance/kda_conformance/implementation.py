@@ -98,11 +98,10 @@ class FunctionImplementation:
             if out is not None and grad is not None
         ]
         pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
             found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-        else:
-            found = (None,) * len(leaves)
         gradients = {
             name: torch.zeros_like(leaf) if gradient is None else gradient
             for (name, leaf), gradient in zip(leaves.items(), found, strict=True)

@@ -14,6 +14,7 @@ import pytest
 from kda_conformance import battery, deviations
 from kda_conformance.cases import Case
 from kda_conformance.claims import DTYPES, UsageError, narrow, read_claims
+from kda_conformance.devices import choose_device
 from kda_conformance.discovery import find_implementation
 from kda_conformance.rows import RowWriter, run_row
 from kda_conformance.subject import Call, LawViolation, Subject
@@ -70,8 +71,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _subject(config: pytest.Config) -> Subject:
-    from kda_conformance.devices import choose_device
-
     spec = config.getoption("kda_impl")
     implementation = find_implementation(spec)
     claims, options = implementation.claims, ""
@@ -150,7 +149,7 @@ def _law(item: pytest.Item) -> str:
 
 @pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """The implementation on trial, told which law is running."""
+    """Return the implementation on trial, told which law is running."""
     found = request.config.stash.get(SUBJECT, None)
     if found is None:
         pytest.fail("a conformance law needs an implementation: pass --impl NAME", pytrace=False)
@@ -254,7 +253,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if writer is None:
         return
     for name, value in report.user_properties:
-        if name == REPORTED:
+        if name == REPORTED and isinstance(value, dict):
             writer.verdict(value["verdict"], value["measures"])
 
 

@@ -63,7 +63,7 @@ def _near(draw: Draw, shape: tuple[int, ...]) -> Tensor:
 
 def _orthogonal(draw: Draw, shape: tuple[int, ...]) -> Tensor:
     batch, tokens, heads, width = shape
-    basis = torch.linalg.qr(draw.normal((batch, heads, width, width)))[0]
+    basis: Tensor = torch.linalg.qr(draw.normal((batch, heads, width, width)))[0]
     return basis[:, :, torch.arange(tokens) % width].transpose(1, 2)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
 
 from kda_conformance import ensemble, service
 from kda_conformance.arithmetic import CLASSES
+from kda_conformance.budget import TensorBudget
 from kda_conformance.claims import DTYPES, Claims
 from kda_conformance.judge import AXES, Judgement, judge
 from kda_conformance.members import GRADIENT_OF
@@ -162,8 +163,8 @@ class Subject:
             others = ", ".join(f"{j.tensor} {j.score:.3g}" for j in wrong[1:])
             self.fail(
                 call,
-                f"{worst.tensor} must stay within its {self.claims.precision[call.dtype]} budget, got error {worst.score:.3g} times the limit "
-                f"at {axis_index(worst)}\n"
+                f"{worst.tensor} must stay within its {self.claims.precision[call.dtype]} budget, "
+                f"got error {worst.score:.3g} times the limit at {axis_index(worst)}\n"
                 f"  got {worst.got!r}, expected {worst.expected!r}, bound {worst.bound:.3g}\n"
                 f"  z {worst.z:.3g} of 10, slice {worst.slice_z:.3g} of 6, gain {worst.gain:.3g} of 8, "
                 f"relative error {worst.relative_error:.3g}"
@@ -173,9 +174,7 @@ class Subject:
     def compare(self, call: Call, name: str, one: Tensor, two: Tensor, deviation: Tensor) -> None:
         """Demand that two results of the same exact quantity differ by no more than two correct ones may."""
         __tracebackhide__ = True
-        budget = service.TensorBudget(
-            value=two.double(), variance=2 * deviation**2, gain_rms=0.0, strict_variance=deviation**2
-        )
+        budget = TensorBudget(value=two.double(), variance=2 * deviation**2, gain_rms=0.0, strict_variance=deviation**2)
         judgement = judge(name, one, budget, num_rounded=2)
         if not judgement.score <= 1:
             self.fail(
@@ -197,10 +196,13 @@ class Subject:
                 f"{index} ({int(different.sum())} of {different.numel()} elements differ)",
             )
 
-    def fail(self, call: Call, what: str) -> None:
+    def fail(self, call: Call, what: str) -> NoReturn:
         """Raise a violation that names implementation, law and case, and how to reproduce it."""
         __tracebackhide__ = True
-        message = f"{self.implementation.name} breaks the law {self.law} on {call.dtype} [{call.case}]\n  {what}\n  {self.reproduction(call)}"
+        message = (
+            f"{self.implementation.name} breaks the law {self.law} on {call.dtype} [{call.case}]\n"
+            f"  {what}\n  {self.reproduction(call)}"
+        )
         raise LawViolation(message, call)
 
     def reproduction(self, call: Call) -> str:

@@ -159,10 +159,14 @@ def prepare(call: Call, *, backward: bool) -> Prepared:
     plane = torch.float32 if call.exact else torch.bfloat16
     square = [call.per_chunk(planes, c, c, dtype=plane) for _ in range(3 if backward else 2)]
     done = Prepared(
-        *(call.per_chunk(c, bk, dtype=operand) for _ in range(3)),
-        call.per_chunk(TOKEN_ROWS.value, c),
-        *(square if backward else [*square, square[0]]),
-        call.per_chunk(2, bk),
+        q_dec=call.per_chunk(c, bk, dtype=operand),
+        k_dec=call.per_chunk(c, bk, dtype=operand),
+        k_rest=call.per_chunk(c, bk, dtype=operand),
+        tokens=call.per_chunk(TOKEN_ROWS.value, c),
+        scores=square[0],
+        solve=square[1],
+        pull=square[2] if backward else square[0],
+        decay=call.per_chunk(2, bk),
     )
     arguments = {
         **call.tensors("q", "k", "g", "beta"), **call.gate(), **done._asdict(), **call.strength(), **call.pick("H", "G", "K"),
@@ -281,8 +285,10 @@ def recurrent_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     bv = tile(call.config(kda_recurrent_fwd_kernel).block_v, call.sizes["V"])
     arguments = {
         **call.tensors("q", "k", "v", "g", "beta"), **call.gate(), **call.strength(), **call.sizes,
-        "initial_state": x.initial_state, **call.state_strides("i", x.initial_state), "final_state": final, **call.state_strides("f", final),
-        "o": o, "cu_seqlens": call.schedule.cu_seqlens, "scale": x.effective_scale, "T": x.q.shape[1], "BK": padded(call.sizes["K"]), "BV": bv,
+        "initial_state": x.initial_state, **call.state_strides("i", x.initial_state),
+        "final_state": final, **call.state_strides("f", final),
+        "o": o, "cu_seqlens": call.schedule.cu_seqlens, "scale": x.effective_scale,
+        "T": x.q.shape[1], "BK": padded(call.sizes["K"]), "BV": bv,
         "HAS_INITIAL": x.initial_state is not None, "HAS_FINAL": final is not None, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     call.start(kda_recurrent_fwd_kernel, _value_programs(call, bv), arguments)

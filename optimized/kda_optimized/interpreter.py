@@ -93,11 +93,12 @@ def repair() -> None:
     if getattr(shipped, "kda_repaired", False):
         return
     require_hooks(shipped)
+    _repair_conversion(shipped)
     _repair_elementwise(shipped)
     _repair_dot(shipped)
     _repair_reductions(shipped)
     _repair_execution(shipped)
-    shipped.kda_repaired = True  # type: ignore[attr-defined]
+    shipped.kda_repaired = True
 
 
 def require_hooks(shipped: Any) -> None:  # noqa: ANN401 - a module, of whatever Triton version
@@ -121,26 +122,33 @@ def require_hooks(shipped: Any) -> None:  # noqa: ANN401 - a module, of whatever
         raise ImportError(message)
 
 
+def _repair_conversion(shipped: Any) -> None:  # noqa: ANN401
+    import triton.language as tl
+
+    handle, cast = shipped.TensorHandle, shipped.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:  # noqa: ANN401
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            return handle(decode(src.data).astype(shipped._get_np_dtype(target), copy=False), target)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            return handle(encode(src.data.astype(np.float32, copy=False)), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    shipped.InterpreterBuilder.cast_impl = cast_impl
+
+
 def _repair_elementwise(shipped: Any) -> None:  # noqa: ANN401
     import triton.language as tl
 
     builder, handle = shipped.InterpreterBuilder, shipped.TensorHandle
-    cast, binary, unary = builder.cast_impl, builder.binary_op, builder.unary_op
-    ternary, fma = builder.ternary_op, builder.create_fma
+    binary, unary, ternary, fma = builder.binary_op, builder.unary_op, builder.ternary_op, builder.create_fma
 
     def is_bf16(operand: Any) -> bool:  # noqa: ANN401
         return bool(operand.dtype.scalar == tl.bfloat16)
 
     def rounded(values: Array) -> Any:  # noqa: ANN401
         return handle(encode(values), tl.bfloat16)
-
-    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:  # noqa: ANN401
-        target = dst_type.scalar
-        if is_bf16(src) and target != tl.bfloat16:
-            return handle(decode(src.data).astype(shipped._get_np_dtype(target), copy=False), target)
-        if target == tl.bfloat16 and not is_bf16(src):
-            return rounded(src.data.astype(np.float32, copy=False))
-        return cast(self, src, dst_type)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[..., Array]) -> Any:  # noqa: ANN401
         if not (is_bf16(lhs) and is_bf16(rhs)):
@@ -160,7 +168,7 @@ def _repair_elementwise(shipped: Any) -> None:  # noqa: ANN401
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:  # noqa: ANN401
         return rounded(decode(x.data) * decode(y.data) + decode(z.data)) if is_bf16(z) else fma(self, x, y, z)
 
-    builder.cast_impl, builder.binary_op, builder.unary_op = cast_impl, binary_op, unary_op
+    builder.binary_op, builder.unary_op = binary_op, unary_op
     builder.ternary_op, builder.create_fma = ternary_op, create_fma
 
 

@@ -52,7 +52,7 @@ class Calls:
             "beta": self.uniform(B, T, G),
             **changes,
         }
-        placed = {
+        placed: dict[str, Any] = {
             name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
         }
         return KdaInputs(**placed)
@@ -83,6 +83,12 @@ def evaluate(inputs: KdaInputs, function: Callable[..., Any] | None = None) -> K
     tensors = [keywords.pop(name) for name in ("q", "k", "v", "g", "beta")]
     o, final_state = (function or kda_optimized.chunk_kda)(*tensors, **keywords)
     return KdaResult(o=o, final_state=final_state)
+
+
+def state_of(result: KdaResult) -> Tensor:
+    """Return the final state of a call that asked for it."""
+    assert result.final_state is not None
+    return result.final_state
 
 
 def differentiate(

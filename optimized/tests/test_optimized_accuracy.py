@@ -13,7 +13,7 @@ import pytest
 import torch
 from kda_reference.adjoint import recurrent_kda_vjp
 from kda_reference.recurrence import recurrent_kda
-from optimized_calls import DEVICE, Calls, differentiate, evaluate, relative_error
+from optimized_calls import DEVICE, Calls, differentiate, evaluate, relative_error, state_of
 
 if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
@@ -54,7 +54,7 @@ def test_every_gate_is_accurate_forward_and_backward(calls: Calls, dtype: torch.
     result, gradients = differentiate(inputs, do, dfinal)
     expected, expected_gradients = recurrent_kda_vjp(inputs, do, dfinal)
     assert relative_error(result.o, expected.o) < OUTPUT_LIMIT[dtype]
-    assert relative_error(result.final_state, expected.final_state) < STATE_LIMIT[dtype]
+    assert relative_error(state_of(result), state_of(expected)) < STATE_LIMIT[dtype]
     for argument, gradient in gradients.items():
         assert relative_error(gradient, getattr(expected_gradients, argument)) < OUTPUT_LIMIT[dtype], argument
 
@@ -121,7 +121,7 @@ def test_values_and_states_of_any_magnitude_keep_their_accuracy(calls: Calls, ma
     inputs = inputs.replace(v=inputs.v * magnitude)
     result, expected = evaluate(inputs), recurrent_kda(inputs)
     assert relative_error(result.o, expected.o) < OUTPUT_LIMIT[torch.bfloat16]
-    assert relative_error(result.final_state, expected.final_state) < STATE_LIMIT[torch.bfloat16]
+    assert relative_error(state_of(result), state_of(expected)) < STATE_LIMIT[torch.bfloat16]
 
 
 def test_values_on_few_tokens_survive_strong_decay(calls: Calls) -> None:
@@ -166,7 +166,7 @@ def test_recurrence_is_accurate_whatever_the_inputs(calls: Calls, dtype: torch.d
         relative_error(result.o, expected.o)
         < {torch.bfloat16: 1.9e-3, torch.float16: 2.5e-4, torch.float32: 1e-6}[dtype]
     )
-    assert relative_error(result.final_state, expected.final_state) < 1e-6
+    assert relative_error(state_of(result), state_of(expected)) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import kda_optimized
+import kda_reference
 import pytest
 from kda_optimized.launch_config import choose, table
 from kda_optimized.tune import candidates, written
@@ -24,10 +27,8 @@ for launch in launches(sample(dtype, width), arch):
 """
 
 
-def compiled(arch: int, dtype: str, width: int) -> list[dict[str, object]]:
-    import kda_reference
-
-    roots = [str(Path(package.__file__).parents[1]) for package in (kda_optimized, kda_reference)]
+def compiled(arch: int, dtype: str, width: int) -> list[dict[str, Any]]:
+    roots = [str(Path(inspect.getfile(package)).parents[1]) for package in (kda_optimized, kda_reference)]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | {
         "TRITON_INTERPRET": "0",

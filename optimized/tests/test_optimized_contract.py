@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import kda_optimized
 import pytest
 import torch
 from kda_optimized import chunkwise, interpreter
 from kda_reference.errors import DeviceError, DomainError, DtypeError, KdaError, PackingError, ShapeError
 from optimized_calls import Calls, evaluate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BOTH = pytest.mark.parametrize(
     "function", [kda_optimized.chunk_kda, kda_optimized.fused_recurrent_kda], ids=["chunk", "recurrent"]
@@ -33,8 +38,8 @@ BOTH = pytest.mark.parametrize(
 )
 def test_contradictions_are_refused_before_any_launch(
     calls: Calls,
-    function: object,
-    changes: dict[str, object],
+    function: Callable[..., Any],
+    changes: dict[str, Any],
     error: type[KdaError],
     word: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -53,7 +58,7 @@ def test_all_float64_is_refused_with_the_dtype_to_use(calls: Calls) -> None:
 
 
 @BOTH
-def test_unknown_keywords_are_refused(calls: Calls, function: object) -> None:
+def test_unknown_keywords_are_refused(calls: Calls, function: Callable[..., Any]) -> None:
     x = calls(T=3)
     with pytest.raises(TypeError, match="unknown"):
         function(x.q, x.k, x.v, x.g, x.beta, unknown=1)

@@ -17,7 +17,7 @@ from kda_reference import (
 )
 from kda_reference.activations import Operands
 from kda_reference.recurrence import recurrence
-from reference_cases import GATES, VARIANTS, cotangents, inner, make_inputs  # type: ignore[import-not-found]
+from reference_cases import GATES, VARIANTS, cotangents, inner, make_inputs
 from torch import Tensor
 
 STEP = 1e-200

@@ -18,7 +18,7 @@ from kda_reference import (
 )
 from kda_reference.certificate import GRADIENT_NAMES
 from kda_reference.oracle import exact
-from reference_cases import GATES, VARIANTS, cotangents, make_inputs  # type: ignore[import-not-found]
+from reference_cases import GATES, VARIANTS, cotangents, make_inputs
 
 if TYPE_CHECKING:
     from kda_reference import Certified, KdaInputs

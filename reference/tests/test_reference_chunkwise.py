@@ -8,7 +8,7 @@ import pytest
 import torch
 from kda_reference import KdaInputs, ShapeError, certified_kda, certified_kda_vjp, chunkwise_kda, recurrent_kda
 from kda_reference.certificate import GRADIENT_NAMES
-from reference_cases import GATES, VARIANTS, cotangents, make_inputs  # type: ignore[import-not-found]
+from reference_cases import GATES, VARIANTS, cotangents, make_inputs
 from torch import Tensor
 
 

@@ -18,7 +18,7 @@ from kda_reference import (
     check_inputs,
     check_values,
 )
-from reference_cases import VARIANTS, make_inputs  # type: ignore[import-not-found]
+from reference_cases import VARIANTS, make_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

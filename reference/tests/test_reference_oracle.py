@@ -11,7 +11,7 @@ import pytest
 import torch
 from kda_reference import KdaInputs, ShapeError, oracle_gradient, oracle_jvp, oracle_kda
 from kda_reference.oracle import exact
-from reference_cases import cotangents, make_inputs  # type: ignore[import-not-found]
+from reference_cases import cotangents, make_inputs
 
 
 def test_precision_does_not_change_the_result() -> None:

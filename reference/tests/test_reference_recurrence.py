@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kda_reference import KdaInputs, ShapeError, certified_kda, check_inputs, recurrent_kda
-from reference_cases import GATES, VARIANTS, make_inputs  # type: ignore[import-not-found]
+from reference_cases import GATES, VARIANTS, make_inputs
 from torch import Tensor
 from torch.linalg import qr
 
@@ -332,11 +332,12 @@ def test_states_contract_by_the_largest_decay() -> None:
 @pytest.mark.parametrize("steepness", [0.0, 100.0])
 def test_saturated_gates_are_open_or_closed(gate_form: str, logit: float, steepness: float) -> None:
     inputs = make_inputs(T=1, gate_form=gate_form, bias=False, beta=(0, 0))
-    assert inputs.initial_state is not None
+    state = inputs.initial_state
+    assert state is not None
     steep = torch.full((1,), steepness, dtype=torch.float64)
     inputs = inputs.replace(g=torch.full_like(inputs.g, logit), A_log=steep)
     closed = 0.0 if gate_form == "softplus" else torch.tensor(-5.0, dtype=torch.float64).exp()
-    expected = inputs.initial_state * (1.0 if logit < 0 else closed)
+    expected = state * (1.0 if logit < 0 else closed)
     assert torch.allclose(final_state(inputs), expected, rtol=1e-15, atol=0)
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kda_reports.__main__ import app
-from synthetic_rows import GOLDEN, closed, lines, verdict_row  # type: ignore[import-not-found]
+from synthetic_rows import GOLDEN, closed, lines, verdict_row
 from typer.testing import CliRunner
 
 if TYPE_CHECKING:

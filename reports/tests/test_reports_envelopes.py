@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kda_reports.envelopes import SMALLEST_DECAY, Panel, Series, decay_bin, decay_panels, token_panels
 from kda_reports.errors import summarise
 from kda_reports.rows import read_rows
-from synthetic_rows import closed, lines, measure_row, verdict_row  # type: ignore[import-not-found]
+from synthetic_rows import closed, lines, measure_row, verdict_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kda_reports.errors import gravity, summarise
 from kda_reports.rows import read_rows
-from synthetic_rows import (  # type: ignore[import-not-found]
+from synthetic_rows import (
     CAUSALITY,
     closed,
     finish_row,

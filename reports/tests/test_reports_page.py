@@ -12,7 +12,7 @@ from kda_reports import charts
 from kda_reports.errors import Cell
 from kda_reports.page import cell_class, explained, format_ratio, render_errors, soft_breaks
 from kda_reports.rows import Verdict, read_rows
-from synthetic_rows import (  # type: ignore[import-not-found]
+from synthetic_rows import (
     GOLDEN,
     closed,
     command,

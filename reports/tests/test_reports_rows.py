@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from kda_reports.rows import RowError, read_rows
-from synthetic_rows import (  # type: ignore[import-not-found]
+from synthetic_rows import (
     closed,
     finish_row,
     lines,

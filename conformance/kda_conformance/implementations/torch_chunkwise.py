@@ -24,6 +24,13 @@ class TorchChunkwise(FunctionImplementation):
         self.claims = narrow(Claims(), {"precision": precision}, self.name)
 
 
-def _chunkwise(*operands: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401 - the public keywords
-    dtype = torch.float64 if operands[0].dtype == torch.float64 else torch.float32
-    return chunkwise_kda(*operands, dtype=dtype, **options)
+def _chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    **options: Any,  # noqa: ANN401 - the public keywords
+) -> tuple[Tensor, Tensor | None]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return chunkwise_kda(q, k, v, g, beta, dtype=dtype, **options)
