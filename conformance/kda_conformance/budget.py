@@ -137,5 +137,6 @@ def _gain_rms(entry: TensorBudget, bound: Tensor, members: Tensor, systematic: l
     random = [float((error * direction).sum()) / length for error in members]
     fixed = [float((error * direction).sum()) / length for error in systematic]
     square = unit**2 * (sum(gain**2 for gain in random) / NUM_CHUNKWISE + sum(gain**2 for gain in fixed))
+    square += float(((entry.variance - entry.strict_variance) * direction**2).sum()) / length**2
     reference = float((bound * direction.abs()).sum()) / length
     return float(square**0.5 + reference)
