@@ -17,7 +17,7 @@ QUICK = tuple(
     for text in (
         "T=70 K=32 V=16 seed=1",
         "T=130 H=1 G=2 K=32 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 gate_dtype=input seed=2",
-        "T=100 K=16 V=32 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 beta_max=2 v_first=1 seed=3",
+        "T=100 K=16 V=32 gate=uniform gate_form=bounded bound=-3.0 l2norm=1 sigmoid=1 beta_max=2 v_first=1 seed=3",
         "T=37,64,0,1,65 H=1 G=2 K=16 V=24 seed=4",
         "T=129 gate=zero keys=near strengths=near_one seed=5",
         "T=80 gate=tiny keys=near strengths=near_one beta_max=2 seed=6",

@@ -58,6 +58,8 @@ class Case:
         0 means the default ``K ** -0.5``.
     slope
         Whether ``A_log`` and ``dt_bias`` are given to a bounded gate.
+    bound
+        ``lower_bound`` of a bounded gate, nats; a decay beyond it saturates the gate.
     seed
         Of everything drawn.
     """
@@ -82,6 +84,7 @@ class Case:
     v_first: bool = False
     scale: float = 0.0
     slope: bool = True
+    bound: float = regimes.LOWER_BOUND
     seed: int = 0
 
     @property
@@ -203,7 +206,7 @@ class Case:
             use_beta_sigmoid_in_kernel=self.sigmoid,
             allow_neg_eigval=self.sigmoid and self.beta_max > 1,
             safe_gate=self.gate_form == "bounded",
-            lower_bound=regimes.LOWER_BOUND if self.gate_form == "bounded" else None,
+            lower_bound=self.bound if self.gate_form == "bounded" else None,
             state_v_first=self.v_first,
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -220,7 +223,7 @@ class Case:
             x = target + (-torch.expm1(-target)).log()
         else:
             least = 1e-6 if wide else 1e-12
-            share = (decay / regimes.LOWER_BOUND).clamp(least, 1 - least)
+            share = (decay / self.bound).clamp(least, 1 - least)
             x = (share / (1 - share)).log()
             if not self.slope:
                 return {"g": x}

@@ -19,6 +19,7 @@ from rich.console import Console
 from kda_conformance import discovery, verify
 from kda_conformance.claims import UsageError
 from kda_conformance.devices import interpret_triton_without_gpu
+from kda_conformance.planted import matrix
 
 FAIL, USAGE, NOTHING = 1, 2, 5
 
@@ -93,6 +94,33 @@ def reproduce(
                 options += [option, str(value)]
         status = max(status, subprocess.run(verify.suite_command(impl, *options), check=False).returncode)  # noqa: S603 - our own command
     raise typer.Exit(overall([status]))
+
+
+@app.command()
+def mutants(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Entries of the catalogue. Default: all, and the correct variants.")
+    ] = None,
+    effort: Annotated[Effort, typer.Option(help="How much is run.")] = Effort.standard,
+    out: Annotated[Path, typer.Option(help="Folder for rows and the page.")] = Path("out/mutants"),
+) -> None:
+    """Judge the suite: run it over planted bugs and correct variants, and write the matrix of bugs and laws."""
+    console = Console()
+    try:
+        entries = matrix.chosen(names or [])
+    except UsageError as error:
+        console.print(str(error))
+        raise typer.Exit(USAGE) from error
+    runs = matrix.run(entries, effort.value, out, console)
+    alive, alarms = matrix.survivors(runs), matrix.false_alarms(runs)
+    bugs = sum(rows[0]["planted"]["kind"] == "bug" for rows in runs)
+    console.print(f"{bugs - len(alive)} of {bugs} bugs caught; survivors: {', '.join(alive) or 'none'}")
+    console.print(f"{len(runs) - bugs} correct; failed: {', '.join(alarms) or 'none'}")
+    page = out / "mutants.html"
+    command = [sys.executable, "-m", "kda_reports", "mutants", str(out / "rows.jsonl"), "--out", str(page)]
+    rendered = subprocess.run(command, check=False).returncode == 0  # noqa: S603 - our own command
+    console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if rendered else 'no page was rendered'}")
+    raise typer.Exit(FAIL if alive or alarms else 0)
 
 
 @app.command("list")

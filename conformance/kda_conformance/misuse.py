@@ -89,3 +89,18 @@ def _with_gaps(tensor: Tensor) -> Tensor:
     wide = torch.full((*tensor.shape, 2), torch.nan, dtype=tensor.dtype, device=tensor.device)
     wide[..., 0] = tensor
     return wide[..., 0]
+
+
+GUARD_ELEMENTS = 256
+
+
+def guarded(inputs: KdaInputs) -> KdaInputs:
+    """Return the same values as contiguous tensors that lie between NaN in memory."""
+    return inputs.replace(**{name: _between_guards(tensor) for name, tensor in inputs.tensors().items()})
+
+
+def _between_guards(tensor: Tensor) -> Tensor:
+    size = tensor.numel()
+    wide = torch.full((size + 2 * GUARD_ELEMENTS,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    inside = wide[GUARD_ELEMENTS : GUARD_ELEMENTS + size].view(tensor.shape)
+    return inside.copy_(tensor)

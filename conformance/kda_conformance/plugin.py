@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUBJECT = pytest.StashKey[Subject]()
 WRITER = pytest.StashKey[RowWriter]()
+BROKEN = pytest.StashKey[set[str]]()
 REPORTED = "kda"
 
 
@@ -46,6 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kda-rows", dest="kda_rows", metavar="FILE", help="append one JSON row per verdict and measurement"
     )
+    group.addoption(
+        "--kda-first-failure",
+        dest="kda_first_failure",
+        action="store_true",
+        help="once a law is broken, skip its other calls",
+    )
     group.addoption("--law", dest="kda_law", help="run only this law")
     group.addoption("--case", dest="kda_case", help="run laws on this case instead of the battery")
     group.addoption("--dtype", dest="kda_dtype", choices=sorted(DTYPES), help="run only this input dtype")
@@ -63,6 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SUBJECT] = _subject(config)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
+    if config.getoption("kda_first_failure"):
+        config.stash[BROKEN] = set()
     if path := config.getoption("kda_rows"):
         subject = config.stash[SUBJECT]
         writer = RowWriter(Path(path))
@@ -165,6 +174,8 @@ def effort(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _skip_unclaimed_calls(request: pytest.FixtureRequest) -> None:
+    if _law(request.node) in request.config.stash.get(BROKEN, ()):
+        pytest.skip("not needed: the law is broken already")
     if "call" in request.fixturenames and "subject" in request.fixturenames:
         request.getfixturevalue("subject").require(request.getfixturevalue("call"))
 
@@ -178,6 +189,8 @@ def pytest_runtest_makereport(
     subject = item.config.stash.get(SUBJECT, None)
     if subject is None or not _law(item):
         return report
+    if report.failed and BROKEN in item.config.stash:
+        item.config.stash[BROKEN].add(_law(item))
     decisive = report.when == "call" or (report.when == "setup" and report.outcome != "passed")
     if decisive:
         params = getattr(getattr(item, "callspec", None), "params", {})

@@ -104,6 +104,20 @@ def reverse_heads(inputs: KdaInputs) -> KdaInputs:
     )
 
 
+def values_first(inputs: KdaInputs) -> KdaInputs:
+    """Return the same call with states ``[N, G, V, K]``."""
+    state = inputs.initial_state
+    turned = None if state is None else state.transpose(-1, -2).contiguous()
+    return inputs.replace(initial_state=turned, state_v_first=True)
+
+
+def poison_head(inputs: KdaInputs, head: int) -> KdaInputs:
+    """Make the values of one token in one value head NaN."""
+    v = inputs.v.clone()
+    v[:, inputs.v.shape[1] // 2, head] = torch.nan
+    return inputs.replace(v=v)
+
+
 def on_grid(inputs: KdaInputs) -> KdaInputs:
     """Round v and the state to multiples of 1/8 below 2, so that a dyadic rotation of them is exact in every dtype."""
     state = inputs.initial_state

@@ -83,12 +83,11 @@ def test_nearly_identical_keys_are_accurate(calls: Calls, dtype: torch.dtype, ce
         dtype=dtype, k=keys.to(dtype), use_qk_l2norm_in_kernel=True, g=torch.full((1, 70, 1, 16), -1e-4), beta=beta
     )
     result, expected = evaluate(inputs), recurrent_kda(inputs)
-    # A single bfloat16 rounding of the inverse costs 1e-2 here for beta near 1, and 6e-2 near 2.
+    # A single bfloat16 rounding of the inverse costs 1e-2 here for beta near 1, and 6e-2 near 2. In float32 the order in which a library
+    # sums the alternating terms of the inverse makes a factor of seven, so the limit holds for the worst order: docs/numerics.md.
     factor = 4 if ceiling == 1.0 else 40
-    assert (
-        relative_error(result.o, expected.o)
-        < factor * (5e-7 if dtype == torch.float32 else 6e-4) + OUTPUT_LIMIT[dtype] * 0.7
-    )
+    unit = 3.5e-6 if dtype == torch.float32 else 6e-4
+    assert relative_error(result.o, expected.o) < factor * unit + OUTPUT_LIMIT[dtype] * 0.7
 
 
 def test_gradient_of_a_strongly_decayed_gate_keeps_its_relative_accuracy(calls: Calls) -> None:

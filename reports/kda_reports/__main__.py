@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kda_reports.page import render_errors
-from kda_reports.rows import RowError, read_rows
+from kda_reports.page import render_errors, render_mutants
+from kda_reports.rows import RowError, Run, read_rows
 
 USAGE = 2
 
@@ -26,8 +27,21 @@ def errors(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Render the error report: who obeys which law, how close to the bound, where and why not."""
+    _write(rows, out, render_errors)
+
+
+@app.command()
+def mutants(
+    rows: Annotated[list[Path], typer.Argument(help="Rows files of `kda mutants` (JSONL).")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("mutants.html"),
+) -> None:
+    """Render the matrix of planted bugs and laws: what catches what, and what nothing catches."""
+    _write(rows, out, render_mutants)
+
+
+def _write(rows: list[Path], out: Path, render: Callable[[Sequence[Run], Sequence[str]], str]) -> None:
     try:
-        page = render_errors(read_rows(rows), [path.name for path in rows])
+        page = render(read_rows(rows), [path.name for path in rows])
     except RowError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(USAGE) from error

@@ -17,6 +17,7 @@ from kda_reports import charts
 from kda_reports.envelopes import SMALLEST_DECAY, decay_panels, token_panels
 from kda_reports.errors import summarise
 from kda_reports.glossary import GLOSSARY
+from kda_reports.kills import count_kills
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,6 +99,62 @@ def render_errors(runs: Sequence[Run], sources: Sequence[str]) -> str:
         A complete HTML document.
     """
     summary = summarise(runs)
+    return (
+        templates()
+        .get_template("errors.html")
+        .render(
+            summary=summary,
+            figures=_figures(summary.standings),
+            cell_class=cell_class,
+            words=WORDS,
+            signs=SIGNS,
+            unbounded=(INFINITE, NOT_A_NUMBER),
+            glossary=GLOSSARY,
+            sources=sources,
+            commits=sorted({_commit(run) for run in runs}),
+            efforts=sorted({run.effort for run in runs}),
+            devices=sorted({run.device for run in runs}),
+            fingerprint_rows=_side_by_side([run.fingerprint for run in runs]),
+            claim_rows=_side_by_side([run.claims for run in runs]),
+        )
+    )
+
+
+def render_mutants(runs: Sequence[Run], sources: Sequence[str]) -> str:
+    """Render the matrix of planted bugs and laws.
+
+    Parameters
+    ----------
+    runs
+        What was read from the rows of ``kda mutants``.
+    sources
+        Names of the rows files.
+
+    Returns
+    -------
+    str
+        A complete HTML document.
+
+    Raises
+    ------
+    RowError
+        If a run says nothing of what is planted in it.
+    """
+    return (
+        templates()
+        .get_template("mutants.html")
+        .render(
+            kills=count_kills(runs),
+            sources=sources,
+            commits=sorted({_commit(run) for run in runs}),
+            efforts=sorted({run.effort for run in runs}),
+            started=min(run.started for run in runs),
+        )
+    )
+
+
+def templates() -> Environment:
+    """Return the environment that all pages are rendered in."""
     environment = Environment(
         loader=PackageLoader("kda_reports"),
         autoescape=True,
@@ -112,23 +169,11 @@ def render_errors(runs: Sequence[Run], sources: Sequence[str]) -> str:
         "explained": explained,
         "soft": soft_breaks,
     }
-    return environment.get_template("errors.html").render(
-        summary=summary,
-        figures=_figures(summary.standings),
-        cell_class=cell_class,
-        words=WORDS,
-        signs=SIGNS,
-        unbounded=(INFINITE, NOT_A_NUMBER),
-        colours=charts.COLOURS,
-        chart_ink={"ink": charts.INK, "grid": charts.GRID, "limit": charts.LIMIT},
-        glossary=GLOSSARY,
-        sources=sources,
-        commits=sorted({_commit(run) for run in runs}),
-        efforts=sorted({run.effort for run in runs}),
-        devices=sorted({run.device for run in runs}),
-        fingerprint_rows=_side_by_side([run.fingerprint for run in runs]),
-        claim_rows=_side_by_side([run.claims for run in runs]),
-    )
+    environment.globals |= {
+        "colours": charts.COLOURS,
+        "chart_ink": {"ink": charts.INK, "grid": charts.GRID, "limit": charts.LIMIT},
+    }
+    return environment
 
 
 def format_ratio(score: float | None) -> str:

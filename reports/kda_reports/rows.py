@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 OUTCOMES = ("pass", "fail", "error", "xfail", "unclaimed", "may")
 EXITS = ("pass", "fail", "nothing", "usage")
+PLANTED = ("bug", "equivalent", "correct")
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 Value = TypeVar("Value")
 
@@ -103,6 +104,26 @@ class Finish:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planted:
+    """An entry of the catalogue of planted bugs.
+
+    Attributes
+    ----------
+    kind
+        ``bug`` must be caught; ``equivalent`` and ``correct`` must not be.
+    what, trigger, source, part, argument
+        What is wrong, what shows it, where it was seen, its place in the catalogue, and why an equivalent one is.
+    """
+
+    kind: str
+    what: str
+    trigger: str
+    source: str
+    part: str
+    argument: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """One implementation judged once, with everything its rows say.
@@ -117,6 +138,8 @@ class Run:
         Machine, library versions, commit and dirty flag.
     finish
         ``None`` when the run did not end properly.
+    planted
+        What is planted in the implementation, when the suite itself is judged; ``None`` otherwise.
     """
 
     identifier: str
@@ -130,6 +153,7 @@ class Run:
     verdicts: list[Verdict] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=list)
     finish: Finish | None = None
+    planted: Planted | None = None
 
 
 def read_rows(paths: Iterable[Path]) -> list[Run]:
@@ -200,6 +224,18 @@ def _run(row: _Row, identifier: str) -> Run:
         device=row.get("device", str),
         claims=row.get("claims", dict),
         fingerprint=row.get("fingerprint", dict),
+        planted=_planted(row.inner("planted")) if "planted" in row.fields else None,
+    )
+
+
+def _planted(row: _Row) -> Planted:
+    return Planted(
+        kind=row.one_of("kind", PLANTED),
+        what=row.get("what", str),
+        trigger=row.get("trigger", str),
+        source=row.get("source", str),
+        part=row.get("part", str),
+        argument=row.get("argument", str),
     )
 
 

@@ -87,7 +87,17 @@ def activate(x):
     group = v.shape[2] // q.shape[2]
     q_G = q.repeat_interleave(group, 2)
     k_G = k.repeat_interleave(group, 2)
-    return {"q": q_G, "k": k_G, "v": v, "g": g, "beta": beta, "q_norm": q_norm, "k_norm": k_norm, "logit": logit, "slope": slope}
+    return {
+        "q": q_G,
+        "k": k_G,
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
+        "logit": logit,
+        "slope": slope,
+    }
 
 
 def softplus(logit):

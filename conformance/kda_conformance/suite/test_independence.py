@@ -41,6 +41,18 @@ def test_changing_one_value_head_leaves_the_others_alone(subject: Subject, call:
     )
 
 
+@pytest.mark.law("not-a-number-stays-in-its-head", cases=many_headed)
+def test_a_value_that_is_no_number_stays_in_its_head(subject: Subject, call: Call) -> None:
+    """NaN in v of one value head changes no bit of the other heads; masking by multiplication would spread it."""
+    before = subject.results(call, backward=False)
+    head = call.case.G - 1
+    after = subject.forward(call, relations.poison_head(subject.inputs(call), head))
+    assert after.final_state is not None
+    what = f"v of value head {head} holds NaN"
+    subject.same_bits(call, "o", after.o[:, :, :head], before["o"][:, :, :head], what)
+    subject.same_bits(call, "final_state", after.final_state[:, :head], before["final_state"][:, :head], what)
+
+
 @pytest.mark.law("rows-are-independent", cases=many_headed)
 def test_a_batch_row_alone_gives_the_same_result(subject: Subject, call: Call) -> None:
     """Every row of a batch equals the call with that row alone."""
