@@ -67,6 +67,13 @@ def verify(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def mutants(session: nox.Session) -> None:
+    """Judge the suite: run it over planted bugs and correct variants, and write the matrix of bugs and laws."""
+    measure(session)
+    session.run("kda", "mutants", *session.posargs)
+
+
+@nox.session(default=False)
 def conformance(session: nox.Session) -> None:
     """Judge one implementation in the reader's terminal: nox -s conformance -- --impl NAME."""
     measure(session)

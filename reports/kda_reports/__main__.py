@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kda_reports.page import render_errors, render_mutants
 from kda_reports.rows import RowError, Run, read_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 USAGE = 2
 

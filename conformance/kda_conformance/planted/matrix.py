@@ -1,7 +1,7 @@
 """Run the suite over every planted bug and every correct variant: which law catches what.
 
-One pytest process each, as for any implementation. What a process leaves is condensed to one verdict a law, so that the rows of all of them make one
-small file, which ``python -m kda_reports mutants`` renders.
+One pytest process each, as for any implementation. What a process leaves is condensed to one verdict a law, so that the rows of
+all of them make one small file, which ``python -m kda_reports mutants`` renders.
 """
 
 from __future__ import annotations
