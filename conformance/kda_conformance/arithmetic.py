@@ -37,6 +37,8 @@ class Arithmetic:
         Format that matrix products round their operands to, cotangents in the backward included; ``None`` means they take them as stored.
     score_operand
         Format of the decayed rows that the score matrices are products of; ``None`` means as stored.
+    diagonal_operand
+        The same for tokens of one strip of 16, which some implementations treat apart.
     state
         Format of the state carried between chunks.
     truncates
@@ -47,6 +49,7 @@ class Arithmetic:
     storage: str
     operand: str | None
     score_operand: str | None
+    diagonal_operand: str | None
     state: str = "fp32"
     truncates: bool = False
 
@@ -59,13 +62,29 @@ class Arithmetic:
 CLASSES = {
     arithmetic.name: arithmetic
     for arithmetic in (
-        Arithmetic(name="fp64", storage="fp32", operand=None, score_operand=None),
-        Arithmetic(name="fp32", storage="fp32", operand=None, score_operand=None),
-        Arithmetic(name="tf32", storage="fp32", operand="tf32", score_operand="tf32", truncates=True),
-        Arithmetic(name="bf16", storage="bf16", operand="bf16", score_operand="tf32"),
-        Arithmetic(name="fp16", storage="fp16", operand="fp16", score_operand="tf32"),
-        Arithmetic(name="bf16-state16", storage="bf16", operand="bf16", score_operand="bf16", state="bf16"),
-        Arithmetic(name="fp16-state16", storage="fp16", operand="fp16", score_operand="fp16", state="fp16"),
+        Arithmetic(name="fp64", storage="fp32", operand=None, score_operand=None, diagonal_operand=None),
+        Arithmetic(name="fp32", storage="fp32", operand=None, score_operand=None, diagonal_operand=None),
+        Arithmetic(
+            name="tf32", storage="fp32", operand="tf32", score_operand="tf32", diagonal_operand="tf32", truncates=True
+        ),
+        Arithmetic(name="bf16", storage="bf16", operand="bf16", score_operand="tf32", diagonal_operand="tf32"),
+        Arithmetic(name="fp16", storage="fp16", operand="fp16", score_operand="tf32", diagonal_operand="tf32"),
+        Arithmetic(
+            name="bf16-state16",
+            storage="bf16",
+            operand="bf16",
+            score_operand="bf16",
+            diagonal_operand="bf16",
+            state="bf16",
+        ),
+        Arithmetic(
+            name="fp16-state16",
+            storage="fp16",
+            operand="fp16",
+            score_operand="fp16",
+            diagonal_operand="fp16",
+            state="fp16",
+        ),
     )
 }
 """Every class a claim may name. The members of ``fp64`` are those of ``fp32``: its budget is theirs times ``2^-29``,

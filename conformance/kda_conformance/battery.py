@@ -29,8 +29,11 @@ QUICK = tuple(
         "T=48 K=17 V=33 gate=one_channel cotangent=state scale=0.5 seed=12",
         "B=2 T=33 H=2 G=4 K=16 V=24 gate=holes cotangent=o seed=13",
         "T=1 H=2 G=2 K=16 V=8 seed=14",
-        "T=200 K=16 V=16 gate=constant strengths=one keys=positive seed=15",
+        "T=270 K=16 V=16 gate=constant strengths=one keys=positive seed=15",
         "T=64 K=32 V=16 gate=bound values=big seed=16",
+        "T=40 K=16 V=16 gate=slow strengths=faint sigmoid=1 state=0 seed=17",
+        "B=2 T=40 H=1 G=2 K=16 V=16 gate=uniform gate_form=softplus shallow=1 l2norm=1 sigmoid=1 seed=18",
+        "T=33 K=16 V=16 gate=mixed strengths=zero seed=19",
     )
 )
 

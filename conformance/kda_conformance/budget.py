@@ -4,7 +4,7 @@ For every element of every output and gradient the budget holds the certified fl
 
     s^2 = pool(mean e_r^2)  over 16 chunkwise members      + pool(mean e_r^2)  over 6 noisy float32 recurrences
         + e_coherent^2      one exact run with shifted gate + (0.4 u32 sqrt(n/2))^2 times the squares of the last dot product
-        + (certified bound + smallest normal)^2             + e_truncated^2   for classes whose operands are truncated
+        + (certified bound + smallest normal)^2             + e_truncated^2   six runs, where operands are truncated
         + the noise of a chunkwise reverse cumulative sum   for the gradient of the gate
 
 Derivations, measured false alarms and separations: ``docs/numerics.md``.
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 MEMBERS_BY_CHUNK = {16: 6, 32: 5, 64: 5}
 NUM_CHUNKWISE = sum(MEMBERS_BY_CHUNK.values())
-TRUNCATED_CHUNK = 64
 SMOOTHING_WIDTH = 17
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 INPUT_DTYPE_TENSORS = ("o", "dq", "dk", "dv")
@@ -83,9 +82,13 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     ]
     recurrences = members.recurrences()
     extra = cumulative_sum_variance(members) if members.backward else {}
-    truncated = None
-    if arithmetic.truncates:
-        truncated = members.chunkwise(Rounder(0, 1, device, truncates=True), arithmetic, TRUNCATED_CHUNK)
+    # Truncation errs one way, and how far depends on what is truncated alike: every choice counts in full.
+    choices = (arithmetic, replace(arithmetic, diagonal_operand=None)) if arithmetic.truncates else ()
+    truncated = [
+        members.chunkwise(Rounder(0, 1, device, truncates=True), choice, chunk)
+        for chunk in MEMBERS_BY_CHUNK
+        for choice in choices
+    ]
     unit = U64 / U32 if arithmetic.name == "fp64" else 1.0
     kappa = ACCUMULATION * U32 * (inputs.k.shape[-1] / 2) ** 0.5
     budget: Budget = {}
@@ -94,19 +97,18 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
             continue
         errors = torch.cat([group[name] - value for group in chunkwise])
         noisy = recurrences[name][:-1] - value
-        systematic = [recurrences[name][-1] - value]
-        if truncated is not None:
-            systematic.append(truncated[name][0] - value)
-        spread = (
-            _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + sum(error**2 for error in systematic)
-        )
+        shifted = recurrences[name][-1] - value
+        cut = [member[name][0] - value for member in truncated]
+        spread = _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + shifted**2
+        if cut:
+            spread = spread + _pool(name, torch.stack(cut).square().sum(0))
         spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)
         dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
         strict = (spread + (certified.bound[name] + SMALLEST[dtype]) ** 2).clamp(min=SMALLEST[torch.float64])
         entry = TensorBudget(value=value, variance=strict, gain_rms=0.0, strict_variance=strict)
         if name in extra:
             entry = replace(entry, variance=strict + unit**2 * extra[name])
-        gain = _gain_rms(entry, certified.bound[name], torch.cat([errors, noisy]), systematic, unit)
+        gain = _gain_rms(entry, certified.bound[name], torch.cat([errors, noisy]), [shifted, *cut], unit)
         budget[name] = replace(entry, gain_rms=gain)
     return budget
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RAW_NORM = 5.0
 LARGEST_LOGIT = 40.0
+SHALLOW = 4.0
 # The fp64 budget is the fp32 one scaled down, which holds while errors are linear in the unit roundoff: short of saturation.
 LARGEST_WIDE_LOGIT = 14.0
 
@@ -58,6 +59,8 @@ class Case:
         0 means the default ``K ** -0.5``.
     slope
         Whether ``A_log`` and ``dt_bias`` are given to a bounded gate.
+    shallow
+        Whether the slope of the gate is ``e^-4`` of the layer's, so that a strong decay takes a large logit.
     bound
         ``lower_bound`` of a bounded gate, nats; a decay beyond it saturates the gate.
     seed
@@ -84,6 +87,7 @@ class Case:
     v_first: bool = False
     scale: float = 0.0
     slope: bool = True
+    shallow: bool = False
     bound: float = regimes.LOWER_BOUND
     seed: int = 0
 
@@ -217,6 +221,8 @@ class Case:
         if self.gate_form == "log_decay":
             return {"g": decay}
         a_log, dt_bias = regimes.layer_parameters(draw, self.G, self.K)
+        if self.shallow:
+            a_log = a_log - SHALLOW
         slope = a_log.exp()[:, None]
         if self.gate_form == "softplus":
             target = (-decay / slope).clamp(min=1e-6 if wide else 1e-18)

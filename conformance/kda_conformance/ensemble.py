@@ -154,9 +154,9 @@ def _scores(
     difference = (cumulative_L[..., :, None, :] - cumulative_L[..., None, :, :]).masked_fill(~lower[..., None], 0)
     # Which token between the two the decay is split at is the implementation's choice; half on each side stands for all of them.
     half = _exp(difference / 2, rounder) * lower[..., None]
-    columns = rounder.round(k_L[..., None, :, :] * half, arithmetic.score_operand)
+    columns = rounder.round(k_L[..., None, :, :] * half, arithmetic.diagonal_operand)
     diagonal_qk, diagonal_kk = (
-        _pairwise(rounder.round(t[..., :, None, :] * half, arithmetic.score_operand), columns, rounder)
+        _pairwise(rounder.round(t[..., :, None, :] * half, arithmetic.diagonal_operand), columns, rounder)
         for t in (q_L, k_L)
     )
     rows_qk, rows_kk = [], []

@@ -101,6 +101,7 @@ STRENGTHS: dict[str, Regime] = {
     "zero": lambda draw, shape: torch.zeros(shape, dtype=torch.float64),
     "near_one": lambda draw, shape: 1 - 0.02 * draw.uniform(shape),
     "tiny": lambda draw, shape: 1e-3 * draw.uniform(shape),
+    "faint": lambda draw, shape: 10 ** (-8 + 3 * draw.uniform(shape)),  # sigmoids by subtraction
 }
 
 

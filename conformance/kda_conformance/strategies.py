@@ -61,6 +61,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
         v_first=claims.state_v_first and draw(st.booleans()),
         scale=draw(st.sampled_from((0.0, 0.25, 1.0))) if claims.scale else 0.0,
         slope=draw(st.booleans()),
+        shallow=form != "log_decay" and draw(st.booleans()),
         bound=draw(st.sampled_from((regimes.LOWER_BOUND, -1.0))) if form == "bounded" else regimes.LOWER_BOUND,
         seed=draw(st.integers(0, 2**20)),
     )

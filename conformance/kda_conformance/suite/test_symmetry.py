@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from kda_conformance import battery, relations
+from kda_conformance.subject import Call
 
 if TYPE_CHECKING:
-    from kda_conformance.subject import Call, Subject
+    from kda_conformance.subject import Subject
 
 
 @pytest.mark.law("value-rotation", cases=battery.relation_cases_at)
@@ -70,3 +72,27 @@ def test_a_power_of_two_on_values_and_state_scales_the_result(subject: Subject, 
     deviation = {name: entry.variance.sqrt() for name, entry in subject.budget(call).items()}
     subject.compare(call, "o", after.o * -2, before["o"], deviation["o"])
     subject.compare(call, "final_state", after.final_state * -2, before["final_state"], deviation["final_state"])
+
+
+SMALLEST_COTANGENT = 2.0**-40
+SMALLEST_NORMAL = 2.0**-126
+
+
+@pytest.mark.law("scale-of-cotangents", cases=battery.relation_cases_at)
+def test_a_power_of_two_on_the_cotangent_of_the_state_scales_the_gradients(subject: Subject, call: Call) -> None:
+    """``dS_T -> 2^-40 dS_T`` gives gradients ``2^-40`` times as large; a 16-bit cotangent inside would lose them."""
+    if not subject.claims.backward:
+        pytest.skip("unclaimed: backward")
+    inputs = subject.inputs(call)
+    case = call.case.replace(cotangent="state")
+    _, dfinal_state = case.cotangents(inputs)
+    assert dfinal_state is not None
+    before = subject.evaluate(call, inputs, None, dfinal_state)
+    after = subject.evaluate(call, inputs, None, dfinal_state * SMALLEST_COTANGENT)
+    budget = subject.budget(Call(case, call.dtype))
+    for name, tensor in after.items():
+        # A gradient in float16 cannot hold so small a number, whatever computes it.
+        if name in budget and name not in ("o", "final_state") and tensor.dtype != torch.float16:
+            lost = SMALLEST_NORMAL / SMALLEST_COTANGENT
+            deviation = budget[name].variance.sqrt() + lost
+            subject.compare(call, name, tensor / SMALLEST_COTANGENT, before[name], deviation)
