@@ -198,21 +198,77 @@ def scale_values(inputs: KdaInputs, factor: float) -> KdaInputs:
     return inputs.replace(v=inputs.v * factor, initial_state=None if state is None else state * factor)
 
 
-def insert_identity_tokens(inputs: KdaInputs, seed: int) -> tuple[KdaInputs, Tensor]:
-    """Insert tokens of zero strength and zero decay, with keys and values of their own; return where the old tokens are."""
-    length = inputs.q.shape[1]
+def repeat_tokens(inputs: KdaInputs, seed: int) -> tuple[KdaInputs, Tensor, Tensor]:
+    """Put a copy in front of one token in five; return the call, where the old tokens are now, and where the copies are."""
+    length, device = inputs.q.shape[1], inputs.q.device
     gaps = (Draw(seed).uniform((length,)) < 0.2).long()  # noqa: PLR2004 - one in five
     kept = torch.arange(length) + torch.cat([gaps, gaps.new_zeros(1)])[:-1].cumsum(0)
     total = length + int(gaps.sum())
-    source = torch.searchsorted(kept, torch.arange(total)).clamp(max=length - 1)
-    device = inputs.q.device
-    source, kept = source.to(device), kept.to(device)
-    stretched = {name: getattr(inputs, name)[:, source].clone() for name in PER_TOKEN}
-    added = torch.ones(total, dtype=torch.bool, device=device)
-    added[kept] = False
-    for name in ("g", "beta"):
-        stretched[name][:, added] = 0
-    return inputs.replace(**stretched), kept
+    source = torch.searchsorted(kept, torch.arange(total)).clamp(max=length - 1).to(device)
+    kept = kept.to(device)
+    copied = torch.ones(total, dtype=torch.bool, device=device)
+    copied[kept] = False
+    # A copy behind the last token has no token of its own to stand in front of.
+    copies = copied.nonzero()[:, 0]
+    copies = copies[copies + 1 < total]
+    end = int(kept[-1]) + 1 if length else 0
+    return (
+        inputs.replace(**{name: getattr(inputs, name)[:, source[:end]].clone() for name in PER_TOKEN}),
+        kept,
+        copies[copies < end],
+    )
+
+
+def insert_identity_tokens(inputs: KdaInputs, seed: int) -> tuple[KdaInputs, Tensor]:
+    """Insert tokens of zero strength and zero decay, with keys and values of their own; return where the old tokens are."""
+    stretched, kept, copies = repeat_tokens(inputs, seed)
+    stretched.g[:, copies] = 0
+    stretched.beta[:, copies] = 0
+    return stretched, kept
+
+
+def split_decays(inputs: KdaInputs, seed: int) -> tuple[KdaInputs, Tensor]:
+    """Let some tokens decay in two steps: half in a token that writes nothing; return where the old tokens are."""
+    stretched, kept, copies = repeat_tokens(inputs, seed)
+    stretched.beta[:, copies] = 0
+    for place in (copies, copies + 1):
+        stretched.g[:, place] /= 2
+    return stretched, kept
+
+
+def split_writes(inputs: KdaInputs, seed: int) -> tuple[KdaInputs, KdaInputs, Tensor]:
+    """Write some tokens in two steps of strength 1/2, and in one of strength 3/4; return both calls, and where the old tokens are."""
+    stretched, kept, copies = repeat_tokens(inputs, seed)
+    stretched.beta[:, copies] = 0.5
+    stretched.beta[:, copies + 1] = 0.5
+    stretched.g[:, copies + 1] = 0
+    whole = inputs.beta.clone()
+    whole[:, torch.isin(kept, copies + 1)] = 0.75
+    return stretched, inputs.replace(beta=whole), kept
+
+
+def with_unit_keys(inputs: KdaInputs) -> KdaInputs:
+    """Replace every key by the unit vector of its largest channel, of length one in every dtype."""
+    unit = torch.nn.functional.one_hot(inputs.k.abs().argmax(-1), inputs.k.shape[-1])
+    return inputs.replace(k=unit.to(inputs.k.dtype))
+
+
+def take_values(inputs: KdaInputs, *, even: bool) -> KdaInputs:
+    """Keep the values of the even tokens and the state, or those of the odd tokens without it; together they are the call."""
+    chosen = (torch.arange(inputs.v.shape[1], device=inputs.v.device) % 2 == 0) == even
+    state = inputs.initial_state
+    return inputs.replace(
+        v=torch.where(chosen[None, :, None, None], inputs.v, torch.zeros_like(inputs.v)),
+        initial_state=None if state is None else state * float(even),
+    )
+
+
+def last_reads(inputs: KdaInputs, final_state: Tensor) -> Tensor:
+    """Return what the last token of each row reads from the final state, ``scale S_T^T q_T``, float64 ``[B, 1, G, V]``."""
+    group = inputs.v.shape[2] // inputs.q.shape[2]
+    q_BGK = _normalised(inputs, inputs.q[:, -1]).repeat_interleave(group, 1)
+    state = final_state.double().transpose(-1, -2) if inputs.state_v_first else final_state.double()
+    return inputs.effective_scale * torch.einsum("bgk,bgkv->bgv", q_BGK, state)[:, None]
 
 
 def pure_decay(inputs: KdaInputs) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,61 @@ def test_inserting_tokens_of_zero_beta_and_zero_gate_changes_nothing(subject: Su
     subject.judge(call, {"o": found.o[:, kept], "final_state": found.final_state}, budget, inputs)
 
 
+@pytest.mark.law("decays-add-up", cases=battery.relation_cases_at)
+def test_decaying_in_two_steps_is_decaying_once(subject: Subject, call: Call) -> None:
+    """A token of ``(0, g / 2)`` and then ``(beta, g / 2)`` is one of ``(beta, g)``."""
+    inputs = call.case.replace(sigmoid=False, gate_form="log_decay").inputs(relations.dtype_of(call), subject.device)
+    split, kept = relations.split_decays(inputs, call.case.seed)
+    found = subject.forward(call, split)
+    assert found.final_state is not None
+    budget = subject.budget(call, inputs, backward=False)
+    subject.judge(call, {"o": found.o[:, kept], "final_state": found.final_state}, budget, inputs)
+
+
+@pytest.mark.law("writes-compose", cases=battery.relation_cases_at)
+def test_writing_twice_by_half_is_writing_once_by_three_quarters(subject: Subject, call: Call) -> None:
+    """``(b, k, v)`` twice, the second without decay, is ``(1 - (1 - b)^2, k, v)`` for a unit key."""
+    case = call.case.replace(sigmoid=False, gate_form="log_decay", l2norm=False, keys="orthogonal")
+    inputs = relations.with_unit_keys(case.inputs(relations.dtype_of(call), subject.device))
+    split, whole, kept = relations.split_writes(inputs, call.case.seed)
+    found = subject.forward(call, split)
+    assert found.final_state is not None
+    budget = subject.budget(call, whole, backward=False)
+    subject.judge(call, {"o": found.o[:, kept], "final_state": found.final_state}, budget, whole)
+
+
+@pytest.mark.law("outputs-add-up", cases=battery.relation_cases_at)
+def test_outputs_are_additive_in_values_and_state(subject: Subject, call: Call) -> None:
+    """The call is the sum of one with its even values and its state, and one with its odd values."""
+    inputs = subject.inputs(call)
+    whole = subject.results(call, backward=False)
+    budget = subject.budget(call)
+    parts = [relations.take_values(inputs, even=even) for even in (True, False)]
+    found = [subject.forward(call, part) for part in parts]
+    budgets = [subject.budget(call, part, backward=False) for part in parts]
+    for name in ("o", "final_state"):
+        both = [getattr(result, name) for result in found]
+        variance = budget[name].variance + sum(each[name].variance for each in budgets)
+        rounding = sum(relations.half_unit(each) for each in both)
+        total = both[0].double() + both[1].double()
+        subject.compare(call, name, whole[name], total, (variance / 2).sqrt() + rounding)
+
+
+@pytest.mark.law("last-output-reads-the-final-state", cases=battery.relation_cases_at)
+def test_the_last_output_is_read_from_the_final_state(subject: Subject, call: Call) -> None:
+    """``o_T = scale S_T^T q_T``."""
+    inputs = subject.inputs(call)
+    found = subject.results(call, backward=False)
+    budget = subject.budget(call)
+    # What errors of the state do to what is read from it, for q of unit length or shorter.
+    state = budget["final_state"].variance
+    state = state.transpose(-1, -2) if inputs.state_v_first else state
+    spread = inputs.effective_scale**2 * state.amax(-2)[:, None]
+    deviation = (budget["o"].variance[:, -1:] + spread).sqrt()
+    expected = relations.last_reads(inputs, found["final_state"])
+    subject.compare(call, "o", found["o"][:, -1:], expected, deviation)
+
+
 @pytest.mark.law("zero-gate-is-delta-rule", cases=battery.relation_cases_at)
 def test_zero_gate_is_the_delta_rule(subject: Subject, call: Call) -> None:
     """With g = 0 the state is the product of ``I - beta k k^T``, written out as DeltaNet."""

@@ -62,6 +62,18 @@ def test_negating_key_and_value_of_a_token_changes_nothing(subject: Subject, cal
     subject.compare(call, "final_state", after.final_state, before["final_state"], deviation["final_state"])
 
 
+@pytest.mark.law("sign-of-queries", cases=battery.relation_cases_at)
+def test_negating_queries_negates_outputs(subject: Subject, call: Call) -> None:
+    """``q -> -q`` gives ``-o`` and leaves the state alone."""
+    inputs = subject.inputs(call)
+    before = subject.results(call, backward=False)
+    after = subject.forward(call, inputs.replace(q=-inputs.q))
+    assert after.final_state is not None
+    deviation = {name: entry.variance.sqrt() for name, entry in subject.budget(call).items()}
+    subject.compare(call, "o", -after.o, before["o"], deviation["o"])
+    subject.compare(call, "final_state", after.final_state, before["final_state"], deviation["final_state"])
+
+
 @pytest.mark.law("scale-of-values", cases=battery.relation_cases_at)
 def test_a_power_of_two_on_values_and_state_scales_the_result(subject: Subject, call: Call) -> None:
     """``(v, S_0) -> -(v, S_0) / 2`` gives ``-o / 2`` and ``-S / 2``."""
