@@ -1,7 +1,7 @@
 """Exact relations between results, cotangents and gradients, which hold without a reference.
 
-The operator is linear in the queries of a token, and jointly linear in the values and the initial state; a gate's derivative at the first token sees
-nothing but the initial state.
+The operator is linear in the queries of a token, and jointly linear in the values and the initial state; a gate's derivative at the
+first token sees nothing but the initial state.
 """
 
 from __future__ import annotations
