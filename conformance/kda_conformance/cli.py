@@ -19,7 +19,7 @@ from rich.console import Console
 from kda_conformance import discovery, verify
 from kda_conformance.claims import UsageError
 from kda_conformance.devices import interpret_triton_without_gpu
-from kda_conformance.planted import matrix
+from kda_conformance.planted import matrix, null_study
 
 FAIL, USAGE, NOTHING = 1, 2, 5
 
@@ -121,6 +121,23 @@ def mutants(
     rendered = subprocess.run(command, check=False).returncode == 0  # noqa: S603 - our own command
     console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if rendered else 'no page was rendered'}")
     raise typer.Exit(FAIL if alive or alarms else 0)
+
+
+@app.command("null-study")
+def null_study_command(
+    calls: Annotated[int, typer.Option(min=1, help="Calls drawn for each correct variant.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the drawn calls; one that was never used for tuning.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for rows and the report.")] = Path("out/null"),
+) -> None:
+    """Judge the judge: correct variants on many drawn calls; a failure is a false alarm."""
+    console = Console()
+    alarms = null_study.run(calls, seed, out, console)
+    report = _report(out)
+    console.print(
+        f"{alarms} false alarms; rows {out / 'rows.jsonl'}"
+        + (f", report {report}" if report else ", no report was rendered")
+    )
+    raise typer.Exit(FAIL if alarms else 0)
 
 
 @app.command("list")

@@ -30,6 +30,8 @@ class Line:
         Outcome by law, for the laws that were judged.
     caught_by
         The laws it breaks.
+    score
+        Largest error over bound among the laws that have one; ``None`` when no error was measured.
     message
         The first line of the first failure; empty when nothing failed.
     """
@@ -38,6 +40,7 @@ class Line:
     planted: Planted
     outcomes: Mapping[str, str]
     caught_by: Sequence[str]
+    score: float | None
     message: str
 
     @property
@@ -84,9 +87,24 @@ class Kills:
     alarms: Sequence[Line]
 
     @property
+    def largest_correct(self) -> Line | None:
+        """Return what is correct and comes closest to its bound."""
+        return max((line for line in self.others if line.score is not None), key=_score, default=None)
+
+    @property
+    def weakest_caught(self) -> Line | None:
+        """Return the bug with the smallest error beyond its bound; a bug that only a relation catches has none."""
+        beyond = (line for line in self._bugs if line.score is not None and line.score > 1)
+        return min(beyond, key=_score, default=None)
+
+    @property
+    def _bugs(self) -> list[Line]:
+        return [line for lines in self.bugs.values() for line in lines]
+
+    @property
     def num_bugs(self) -> int:
         """Return how many bugs were planted."""
-        return sum(len(lines) for lines in self.bugs.values())
+        return len(self._bugs)
 
 
 def count_kills(runs: Sequence[Run]) -> Kills:
@@ -119,6 +137,10 @@ def count_kills(runs: Sequence[Run]) -> Kills:
     )
 
 
+def _score(line: Line) -> float:
+    return 0.0 if line.score is None else line.score
+
+
 def _line(run: Run) -> Line:
     if run.planted is None:
         message = (
@@ -134,5 +156,6 @@ def _line(run: Run) -> Line:
         planted=run.planted,
         outcomes={verdict.law: verdict.outcome for verdict in run.verdicts if verdict.outcome in JUDGED},
         caught_by=list(dict.fromkeys(verdict.law for verdict in broken)),
+        score=max((verdict.score for verdict in run.verdicts if verdict.score is not None), default=None),
         message=broken[0].message.strip().split("\n")[0] if broken else "",
     )
