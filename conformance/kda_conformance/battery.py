@@ -10,7 +10,7 @@ from __future__ import annotations
 from kda_conformance.cases import Case
 
 EFFORTS = ("quick", "standard", "exhaustive", "wide")
-FLOAT16_OVERFLOWS = ("big",)
+FLOAT16_OVERFLOWS = ("big", "huge", "least")
 
 QUICK = tuple(
     Case.parse(text)
@@ -68,6 +68,8 @@ STANDARD = tuple(
         "T=100 gate=spikes gate_form=softplus keys=near strengths=near_one l2norm=1 seed=37",
         "T=64 H=2 G=2 K=8 V=48 gate=cliffs cotangent=o seed=38",
         "T=257 K=32 V=32 gate=layer seed=39",
+        "T=70 K=16 V=16 gate=layer values=huge state=0 seed=44",
+        "T=70 K=16 V=16 gate=layer values=least state=0 cotangent=state seed=45",
     )
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ For every element of every output and gradient the budget holds the certified fl
 
     s^2 = pool(mean e_r^2)  over 16 chunkwise members      + pool(mean e_r^2)  over 6 noisy float32 recurrences
         + e_coherent^2      one exact run with shifted gate + (0.4 u32 sqrt(n/2))^2 times the squares of the last dot product
-        + (certified bound + smallest normal)^2             + e_truncated^2   six runs, where operands are truncated
+        + (certified bound + smallest normal)^2             + e_truncated^2   eight runs, where operands are truncated
         + the noise of a chunkwise reverse cumulative sum   for the gradient of the gate
 
 Derivations, measured false alarms and separations: ``docs/numerics.md``.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kda_reference import KdaInputs
     from torch import Tensor
 
-MEMBERS_BY_CHUNK = {16: 6, 32: 5, 64: 5}
+MEMBERS_BY_CHUNK = {16: 5, 32: 4, 64: 4, 128: 3}
 NUM_CHUNKWISE = sum(MEMBERS_BY_CHUNK.values())
 SMOOTHING_WIDTH = 17
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
@@ -139,6 +139,6 @@ def _gain_rms(entry: TensorBudget, bound: Tensor, members: Tensor, systematic: l
     random = [float((error * direction).sum()) / length for error in members]
     fixed = [float((error * direction).sum()) / length for error in systematic]
     square = unit**2 * (sum(gain**2 for gain in random) / NUM_CHUNKWISE + sum(gain**2 for gain in fixed))
-    square += float(((entry.variance - entry.strict_variance) * direction**2).sum()) / length**2
+    square += (float(((entry.variance - entry.strict_variance) * direction**2).sum()) ** 0.5 / length) ** 2
     reference = float((bound * direction.abs()).sum()) / length
     return float(square**0.5 + reference)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STRIP = 16
+SEQUENTIAL = 64
 
 
 class Operands(NamedTuple):
@@ -115,8 +116,13 @@ def chunkwise_member(
 
 
 def _scan(g: Tensor, rounder: Rounder) -> Tensor:
-    """Return the cumulative sum over tokens, as a parallel scan that rounds every partial sum to fp32."""
+    """Return the cumulative sum over tokens, every partial sum rounded to fp32: token by token in chunks of 64, else as a parallel scan."""
     total, step = g, 1
+    if g.shape[-2] == SEQUENTIAL:
+        sums = [g[..., 0, :]]
+        for t in range(1, SEQUENTIAL):
+            sums.append(rounder.round(sums[-1] + g[..., t, :], "fp32"))
+        return torch.stack(sums, -2)
     while step < g.shape[-2]:
         total = rounder.round(total + pad(total, (0, 0, step, 0))[..., : g.shape[-2], :], "fp32")
         step *= 2

@@ -104,3 +104,14 @@ def _between_guards(tensor: Tensor) -> Tensor:
     wide = torch.full((size + 2 * GUARD_ELEMENTS,), torch.nan, dtype=tensor.dtype, device=tensor.device)
     inside = wide[GUARD_ELEMENTS : GUARD_ELEMENTS + size].view(tensor.shape)
     return inside.copy_(tensor)
+
+
+def spread_tokens(inputs: KdaInputs, stride: int) -> KdaInputs:
+    """Return the same q, k and v with tokens ``stride`` elements apart."""
+    return inputs.replace(**{name: _spread(getattr(inputs, name), stride) for name in ("q", "k", "v")})
+
+
+def _spread(tensor: Tensor, stride: int) -> Tensor:
+    batch, length, heads, width = tensor.shape
+    wide = torch.empty(batch * length * stride, dtype=tensor.dtype, device=tensor.device)
+    return wide.as_strided((batch, length, heads, width), (length * stride, stride, width, 1)).copy_(tensor)

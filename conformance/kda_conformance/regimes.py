@@ -88,6 +88,8 @@ KEYS: dict[str, Regime] = {
 VALUES: dict[str, Regime] = {
     "normal": lambda draw, shape: draw.normal(shape),
     "big": lambda draw, shape: draw.normal(shape) * 1e4,  # absolute tolerances
+    "huge": lambda draw, shape: draw.normal(shape) * 1e25,  # float16 inside, squares of values
+    "least": lambda draw, shape: draw.normal(shape) * 1e-25,  # flushed operands, squares of values
     "tiny": lambda draw, shape: draw.normal(shape) * 1e-5,  # flushed operands, absolute tolerances
     "sparse": lambda draw, shape: draw.normal(shape) * (draw.uniform(shape) < 0.02),  # noqa: PLR2004 - leaks between tokens
     "alternating": lambda draw, shape: (

@@ -59,6 +59,21 @@ def sequence(inputs: KdaInputs, row: int, span: slice) -> KdaInputs:
     return alone.replace(initial_state=None if state is None else state[row : row + 1])
 
 
+def last_sequences(inputs: KdaInputs, count: int) -> KdaInputs:
+    """Return the last sequences, of one token each, of a packed call."""
+    state = inputs.initial_state
+    return tokens(inputs, slice(-count, None)).replace(
+        cu_seqlens=torch.arange(count + 1, device=inputs.q.device),
+        initial_state=None if state is None else state[-count:],
+    )
+
+
+def other_state(inputs: KdaInputs) -> Tensor:
+    """Return an initial state of the call's shape that differs from its own in every element."""
+    state = inputs.initial_state
+    return torch.ones(inputs.state_shape, device=inputs.v.device) if state is None else 1 - 0.5 * state
+
+
 def disturb(inputs: KdaInputs, span: slice, state_rows: slice | None = None) -> KdaInputs:
     """Change every token argument on a span, and the state of some sequences, within their domains."""
     changed: dict[str, Tensor] = {}

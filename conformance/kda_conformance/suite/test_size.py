@@ -1,0 +1,50 @@
+"""Sizes at which 32-bit offsets and grids of 65535 programs end; on a GPU, at the effort ``wide``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kda_conformance import misuse, relations
+from kda_conformance.cases import Case
+
+if TYPE_CHECKING:
+    from kda_conformance.subject import Call, Subject
+
+
+LAST = 64
+
+
+def many_sequences(effort: str) -> tuple[Case, ...]:
+    """Return a call of more sequences than a grid axis holds, elsewhere one of a few hundred."""
+    num = 70_000 if effort == "wide" else 300
+    return (Case(T=(1,) * num, K=16, V=16, gate="mixed", seed=95),)
+
+
+@pytest.mark.law("sequences-may-be-many", cases=many_sequences)
+def test_the_last_of_many_sequences_is_computed(subject: Subject, call: Call) -> None:
+    """The last sequences of a call with more of them than a grid axis holds are right."""
+    inputs = subject.inputs(call)
+    found = subject.implementation.forward(inputs)
+    assert found.final_state is not None
+    tail = relations.last_sequences(inputs, LAST)
+    budget = subject.budget(call, tail, backward=False)
+    subject.judge(call, {"o": found.o[:, -LAST:], "final_state": found.final_state[-LAST:]}, budget, tail)
+
+
+def far_apart(effort: str) -> tuple[Case, ...]:
+    """Return a small call, which ``wide`` lays out with tokens gigabytes apart."""
+    return (Case(T=(5,), H=2, G=2, K=16, V=16, seed=96 if effort == "wide" else 97),)
+
+
+@pytest.mark.law("strides-may-be-large", cases=far_apart)
+def test_tokens_may_lie_further_apart_than_32_bits_reach(subject: Subject, call: Call, effort: str) -> None:
+    """q, k and v whose tokens are ``2^29`` elements apart mean what contiguous ones mean; a small stride at lower efforts."""
+    inputs = subject.inputs(call)
+    before = subject.results(call, backward=False)
+    after = subject.forward(call, misuse.spread_tokens(inputs, 2**29 if effort == "wide" else 2**12))
+    budget = subject.budget(call)
+    for name, tensor in (("o", after.o), ("final_state", after.final_state)):
+        assert tensor is not None
+        subject.compare(call, name, tensor, before[name], budget[name].variance.sqrt())
