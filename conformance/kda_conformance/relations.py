@@ -59,6 +59,13 @@ def sequence(inputs: KdaInputs, row: int, span: slice) -> KdaInputs:
     return alone.replace(initial_state=None if state is None else state[row : row + 1])
 
 
+def every_token_a_sequence(inputs: KdaInputs, seed: int) -> KdaInputs:
+    """Return the call with every token of its one row as a sequence of its own, from a state of its own."""
+    packed = inputs.replace(cu_seqlens=torch.arange(inputs.q.shape[1] + 1, device=inputs.q.device))
+    wide = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    return packed.replace(initial_state=Draw(seed).normal(packed.state_shape).to(inputs.q.device, wide))
+
+
 def last_sequences(inputs: KdaInputs, count: int) -> KdaInputs:
     """Return the last sequences, of one token each, of a packed call."""
     state = inputs.initial_state
