@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 MAX_WORKERS = 2
-DEFAULT_CPU = ("triton-chunk", "triton-recurrent", "torch-chunkwise", "transformers-chunk", "transformers-recurrent")
+# The quickest of those with every claim goes first: the budgets it computes serve the slow ones beside and after it.
+DEFAULT_CPU = ("torch-chunkwise", "triton-chunk", "triton-recurrent", "transformers-chunk", "transformers-recurrent")
 DEFAULT_CUDA = ("triton-chunk", "triton-recurrent", "fla-chunk", "fla-recurrent")
 
 

@@ -17,8 +17,8 @@ LAST = 64
 
 
 def many_tokens(effort: str) -> tuple[Case, ...]:
-    """Return a call of more tokens than a grid axis holds, elsewhere one of a few hundred."""
-    return (Case(T=(70_000 if effort == "wide" else 300,), K=16, V=16, gate="mixed", state=False, seed=95),)
+    """Return a call of more tokens than a grid axis holds, elsewhere one of a hundred."""
+    return (Case(T=(70_000 if effort == "wide" else 100,), K=16, V=16, gate="mixed", state=False, seed=95),)
 
 
 @pytest.mark.law("sequences-may-be-many", cases=many_tokens)
