@@ -46,6 +46,8 @@ class Claims:
         Outputs of a prefix do not change by one bit when later tokens change.
     checks_arguments
         Arguments that contradict the contract are refused with an exception.
+    chunk_size
+        ``chunk_size`` may be 32, and changes nothing beyond rounding; claimed for a function that names the argument.
     head_widths
         The K and V it accepts; ``None`` means any.
     max_k_width
@@ -72,6 +74,7 @@ class Claims:
     deterministic: bool = True
     prefix_causal: bool = True
     checks_arguments: bool = True
+    chunk_size: bool = False
     head_widths: frozenset[int] | None = None
     max_k_width: int | None = None
 

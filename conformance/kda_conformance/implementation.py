@@ -77,6 +77,8 @@ class FunctionImplementation:
             if takes_any
             else {claim: False for name, claim in CLAIM_OF_PARAMETER.items() if name not in signature.parameters}
         )
+        # A function that takes anything may hand it to one that does not take this.
+        lost["chunk_size"] = "chunk_size" in signature.parameters
         claims = narrow(Claims(), lost, name)
         attributes = {
             item.name: getattr(function, item.name) for item in fields(Claims) if hasattr(function, item.name)

@@ -18,7 +18,7 @@ class FlaChunk(FunctionImplementation):
     def __init__(self) -> None:
         super().__init__(chunk_kda, "fla-chunk", version("fla-core"))
         precision = {"float32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
-        self.claims = narrow(self.claims, {**CLAIMS, "precision": precision}, self.name)
+        self.claims = narrow(self.claims, {**CLAIMS, "precision": precision, "chunk_size": True}, self.name)
 
 
 class FlaRecurrent(FunctionImplementation):

@@ -36,7 +36,7 @@ class TransformersChunk(FunctionImplementation):
 
     def __init__(self) -> None:
         super().__init__(_chunk, "transformers-chunk", version("transformers"))
-        self.claims = narrow(self.claims, UNCLAIMED, self.name)
+        self.claims = narrow(self.claims, {**UNCLAIMED, "chunk_size": True}, self.name)
 
 
 class TransformersRecurrent(FunctionImplementation):

@@ -63,6 +63,17 @@ def test_writing_twice_by_half_is_writing_once_by_three_quarters(subject: Subjec
     subject.judge(call, {"o": found.o[:, kept], "final_state": found.final_state}, budget, whole)
 
 
+@pytest.mark.law("chunk-length-is-free", cases=battery.relation_cases_at)
+def test_the_length_of_a_chunk_changes_nothing(subject: Subject, call: Call) -> None:
+    """The call in chunks of 32 tokens is the call."""
+    if not subject.claims.chunk_size:
+        pytest.skip("unclaimed: chunk_size")
+    inputs = subject.inputs(call)
+    found = subject.forward(call, inputs.replace(chunk_size=32))
+    assert found.final_state is not None
+    subject.judge(call, {"o": found.o, "final_state": found.final_state}, subject.budget(call))
+
+
 @pytest.mark.law("outputs-add-up", cases=battery.relation_cases_at)
 def test_outputs_are_additive_in_values_and_state(subject: Subject, call: Call) -> None:
     """The call is the sum of one with its even values and its state, and one with its odd values."""
