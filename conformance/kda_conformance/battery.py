@@ -24,7 +24,7 @@ QUICK = tuple(
         "T=96 K=24 V=16 gate=cliffs seed=7",
         "T=75 K=16 V=20 gate=hundreds state=0 seed=8",
         "T=90 K=20 V=12 gate=spikes values=sparse state=0 seed=9",
-        "T=66 K=32 V=16 l2norm=1 keys=small gate=mixed seed=10",
+        "T=66 K=33 V=16 l2norm=1 keys=small gate=mixed seed=10",
         "T=50 K=16 V=16 l2norm=1 keys=zero_rows seed=11",
         "T=48 K=17 V=33 gate=one_channel cotangent=state scale=0.5 seed=12",
         "B=2 T=33 H=2 G=4 K=16 V=24 gate=holes cotangent=o seed=13",

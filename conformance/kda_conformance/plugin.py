@@ -61,7 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Load the implementation before anything is collected, so that a wrong name is a usage error."""
     config.addinivalue_line(
-        "markers", "law(name, cases=None, generated=False): the law a test states, and the cases it runs on"
+        "markers",
+        "law(name, cases=None, generated=False, first=False): the law a test states, the cases it runs on, whether it comes first",
     )
     if config.getoption("kda_impl") is None:
         return
@@ -133,6 +134,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the chosen law, and turn declared deviations into strict expected failures."""
     if SUBJECT not in config.stash:
         return
+    # What a law says of the first call of a process must be asked first.
+    items.sort(key=lambda item: not _is_first(item))
     if law := config.getoption("kda_law"):
         kept = [item for item in items if _law(item) == law]
         if not kept:
@@ -149,6 +152,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             deviations.apply(Path(path), items, partial=partial)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
+
+
+def _is_first(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("law")
+    return marker is not None and bool(marker.kwargs.get("first"))
 
 
 def _law(item: pytest.Item) -> str:

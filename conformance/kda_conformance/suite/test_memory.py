@@ -71,6 +71,23 @@ def test_a_call_does_not_depend_on_earlier_ones_of_its_shape(subject: Subject, c
     subject.judge(call, {"o": found.o, "final_state": found.final_state}, subject.budget(call, backward=False))
 
 
+def first_calls(effort: str) -> tuple[Case, ...]:
+    """Return the call that a process begins with."""
+    del effort
+    return (Case.parse("T=75 K=16 V=16 gate=layer seed=59"),)
+
+
+@pytest.mark.law("first-call-is-right", cases=first_calls, first=True)
+def test_the_first_call_of_a_process_is_right(subject: Subject, call: Call) -> None:
+    """The call before any other, while caches are empty and kernels are tuned, is right, and so is the same call again."""
+    inputs = subject.inputs(call)
+    found = [subject.forward(call, inputs) for _ in range(2)]
+    budget = subject.budget(call, backward=False)
+    for result in found:
+        assert result.final_state is not None
+        subject.judge(call, {"o": result.o, "final_state": result.final_state}, budget)
+
+
 def layouts(effort: str) -> tuple[Case, ...]:
     """Return calls whose states are square, where a transposition changes no shape, and not square."""
     texts = (
