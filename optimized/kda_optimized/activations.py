@@ -13,6 +13,7 @@ Two limits keep saturated gates finite without changing a float32 result. A log 
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-128.0)
 LARGEST_EXPONENT = tl.constexpr(88.0)
@@ -20,6 +21,12 @@ LARGEST_EXPONENT = tl.constexpr(88.0)
 EXPONENTIAL_TAIL = tl.constexpr(-17.0)
 # Beyond this, sigmoid(z) (1 - sigmoid(z)) z is zero in float32.
 SATURATED = tl.constexpr(128.0)
+
+
+@triton.jit
+def exp(b_x):
+    """Return ``exp(x)``, zero where that is subnormal."""
+    return tl.exp2(b_x * LOG2_E)
 
 
 @triton.jit
@@ -31,24 +38,33 @@ def inverse_norm(b_x):
 @triton.jit
 def sigmoid(b_x):
     """Return ``1 / (1 + exp(-x))`` with full relative accuracy on both sides."""
-    b_e = tl.exp(-tl.abs(b_x))
+    b_e = exp(-tl.abs(b_x))
     return tl.where(b_x >= 0, 1.0, b_e) / (1.0 + b_e)
 
 
 @triton.jit
+def log1p_ratio(b_y):
+    """Return ``log(1 + y) / y`` on [0, 1]: the interpolating polynomial at nine Chebyshev nodes, relative error ``4e-8``.
+
+    ``log`` near one is inexact on a GPU, and costs more.
+    """
+    b_p = 0.0051261018961668015
+    b_p = b_p * b_y - 0.029074065387248993
+    b_p = b_p * b_y + 0.0775160863995552
+    b_p = b_p * b_y - 0.13602247834205627
+    b_p = b_p * b_y + 0.19076880812644958
+    b_p = b_p * b_y - 0.2483539879322052
+    b_p = b_p * b_y + 0.3331812024116516
+    b_p = b_p * b_y - 0.4999944567680359
+    b_p = b_p * b_y + 0.9999999403953552
+    return b_p
+
+
+@triton.jit
 def softplus(b_x):
-    """Return ``log(1 + exp(x))``; the logarithm is ``2 artanh(y / (2 + y))``, because ``log`` near one is inexact on a GPU."""
-    b_y = tl.exp(-tl.abs(b_x))
-    b_z = b_y / (2.0 + b_y)
-    b_s = b_z * b_z
-    b_p = b_s * (1.0 / 17.0) + 1.0 / 15.0
-    b_p = b_p * b_s + 1.0 / 13.0
-    b_p = b_p * b_s + 1.0 / 11.0
-    b_p = b_p * b_s + 1.0 / 9.0
-    b_p = b_p * b_s + 1.0 / 7.0
-    b_p = b_p * b_s + 1.0 / 5.0
-    b_p = b_p * b_s + 1.0 / 3.0
-    return tl.maximum(b_x, 0.0) + 2.0 * (b_z + b_z * b_s * b_p)
+    """Return ``log(1 + exp(x))``, with full relative accuracy on both sides."""
+    b_y = exp(-tl.abs(b_x))
+    return tl.maximum(b_x, 0.0) + b_y * log1p_ratio(b_y)
 
 
 @triton.jit
@@ -58,7 +74,7 @@ def gate_slope(A_log, i_g, HAS_A_LOG: tl.constexpr):
     b_slope = 1.0
     if HAS_A_LOG:
         b_A = tl.load(A_log + i_g).to(tl.float32)
-        b_slope = tl.exp(tl.minimum(b_A, LARGEST_EXPONENT))
+        b_slope = exp(tl.minimum(b_A, LARGEST_EXPONENT))
     return b_A, b_slope
 
 
@@ -69,8 +85,9 @@ def log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: t
         if BOUNDED:
             b_g = lower_bound * sigmoid(b_slope * b_x)
         else:
-            b_tail = tl.exp(tl.minimum(b_A + b_x, LARGEST_EXPONENT))
-            b_g = -tl.where(b_x < EXPONENTIAL_TAIL, b_tail, b_slope * softplus(b_x))
+            # exp(A) goes into the exponential, so that a large A still meets a small one.
+            b_tail = log1p_ratio(exp(-tl.abs(b_x))) * exp(b_A - tl.abs(b_x))
+            b_g = -(b_slope * tl.maximum(b_x, 0.0) + b_tail)
     else:
         b_g = b_x
     return tl.maximum(b_g, LOWEST_LOG_DECAY)
@@ -85,7 +102,7 @@ def log_decay_pullback(b_dg, b_x, b_A, b_slope, lower_bound, BOUNDED: tl.constex
         b_dA = b_dz * tl.minimum(tl.maximum(b_z, -SATURATED), SATURATED)
         b_dx = b_dz * b_slope
     else:
-        b_tail = tl.exp(tl.minimum(b_A + b_x, LARGEST_EXPONENT))
+        b_tail = exp(tl.minimum(b_A + b_x, LARGEST_EXPONENT))
         b_t = b_x < EXPONENTIAL_TAIL
         b_dx = -b_dg * tl.where(b_t, b_tail, b_slope * sigmoid(b_x))
         # A gate closed beyond float32 has a gradient of exactly zero, which must not meet an infinite log decay.

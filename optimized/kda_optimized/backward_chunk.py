@@ -29,8 +29,7 @@ from kda_optimized.chunks import (
     load_tile,
     locate_chunk,
 )
-from kda_optimized.forward_prepare import unit_rows
-from kda_optimized.products import product_rows, scaled_rows, split
+from kda_optimized.products import product_rows, scaled_rows, split, unit_rows
 
 
 @triton.jit(do_not_specialize=["T"])

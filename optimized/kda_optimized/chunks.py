@@ -80,6 +80,36 @@ def level_mask(i_l, BT: tl.constexpr):
 
 
 @triton.jit
+def tokens_between(i_l, BT: tl.constexpr):
+    """Return ``[BT, BT]``: whether token s lies between row i and the last token m of the earlier half of its block of ``2^(i_l + 1)``.
+
+    That is ``m < s <= i`` in the later half and ``i < s <= m`` in the earlier one: the tokens whose decays make up row i's factor.
+    """
+    o_t = tl.arange(0, BT)
+    m_same = (o_t[:, None] >> i_l) == (o_t[None, :] >> i_l)
+    m_later = ((o_t >> i_l) & 1)[:, None] == 1
+    return m_same & (m_later == (o_t[:, None] >= o_t[None, :]))
+
+
+@triton.jit
+def sum_decays(m_ts, b_gh, b_gl, b_like, RAISE: tl.constexpr, EXACT: tl.constexpr):
+    """Return ``[B, R, C]``: for each row of the mask ``[R, R]``, the sum of the log decays it selects, given whole or split.
+
+    A product with zeros and ones: no difference of two large sums is ever formed. ``b_like`` ``[B, R, R]`` is any result of a
+    product: the mask takes over its layout in registers, which saves it a way through shared memory; its values do not matter. ``RAISE`` is
+    added to every sum unless ``EXACT``.
+    """
+    b_m = tl.where(m_ts[None, :, :], 1.0, tl.minimum(tl.abs(b_like), 0.0))
+    if EXACT:
+        b_x = tl.dot(b_m, b_gh, input_precision="ieee")
+    else:
+        b_m = b_m.to(tl.bfloat16)
+        b_x = tl.dot(b_m, b_gl, tl.full((b_gl.shape), RAISE, dtype=tl.float32))
+        b_x = tl.dot(b_m, b_gh, b_x)
+    return b_x
+
+
+@triton.jit
 def level_exponent(b_G, m_k, i_l, BT: tl.constexpr, BK: tl.constexpr):
     """Return the log of each row's factor at level ``i_l``, float32 ``[BT, BK]``; far below zero off ``m_k``."""
     o_t = tl.arange(0, BT)

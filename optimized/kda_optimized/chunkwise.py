@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,13 +17,15 @@ from kda_optimized.backward_chunk import (
     kda_chunk_bwd_heads_kernel,
     kda_chunk_bwd_pairs_kernel,
 )
+from kda_optimized.backward_states import kda_chunk_bwd_states_kernel
 from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
 from kda_optimized.chunks import TOKEN_ROWS
 from kda_optimized.forward_prepare import kda_chunk_fwd_prepare_kernel
+from kda_optimized.forward_segments import kda_chunk_fwd_segments_kernel
 from kda_optimized.forward_walk import kda_chunk_fwd_walk_kernel
 from kda_optimized.launch import Launch, strides, submit
 from kda_optimized.launch_config import LaunchConfig, choose, padded, rules_of, tile
-from kda_optimized.packing import Schedule, chunk_length, schedule
+from kda_optimized.packing import Schedule, Segments, chunk_length, offsets_of, schedule, segments
 from kda_optimized.recurrent import kda_recurrent_fwd_kernel
 
 if TYPE_CHECKING:
@@ -30,14 +33,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS_PER_PROGRAM = 32
+FORWARD_CHUNK, BACKWARD_CHUNK = 16, 32
+LEAST_PIECES = 4
 
 
 class Prepared(NamedTuple):
     """What the first kernel writes, one entry per chunk and value head; see ``forward_prepare``."""
 
-    q_dec: Tensor
-    k_dec: Tensor
-    k_rest: Tensor
+    q_rows: Tensor
+    k_rows: Tensor
+    rest_rows: Tensor
     tokens: Tensor
     scores: Tensor
     solve: Tensor
@@ -55,17 +60,20 @@ class Call:
         The call, detached.
     exact
         Whether products run in float32 (float32 inputs) or on 16-bit operands.
+    most_tokens
+        Tokens per chunk beyond which this computation does not gain.
     """
 
     inputs: KdaInputs
     exact: bool
+    most_tokens: int
 
     @classmethod
-    def of(cls, inputs: KdaInputs) -> Call:
+    def of(cls, inputs: KdaInputs, most_tokens: int) -> Call:
         """Take a checked call; the parameters of the gate become contiguous, everything else stays where it is."""
         changes = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
         changes |= {name: changes[name].contiguous() for name in ("A_log", "dt_bias") if name in changes}
-        return cls(inputs.replace(**changes), inputs.q.dtype == torch.float32)
+        return cls(inputs.replace(**changes), inputs.q.dtype == torch.float32, most_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +90,20 @@ class Call:
     def schedule(self) -> Schedule:
         """Return the chunks of the call."""
         width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
-        return schedule(self.inputs, chunk_length(self.inputs.chunk_size, 4 if self.exact else 2, width))
+        return schedule(self.inputs, chunk_length(min(self.inputs.chunk_size, self.most_tokens), 4 if self.exact else 2, width))
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """Return the pieces that the forward walk takes side by side, ``None`` where whole sequences fill the device."""
+        config, offsets = self.config(kda_chunk_fwd_walk_kernel), offsets_of(self.inputs)
+        programs = _value_programs(self, tile(config.block_v, self.sizes["V"]))
+        pieces = config.programs // max(programs, 1)
+        longest = -(-max(end - start for start, end in pairwise(offsets)) // self.schedule.chunk_len)
+        # A cut sequence is walked three times, so fewer pieces than four would not pay.
+        if pieces < LEAST_PIECES or longest < LEAST_PIECES * config.least_chunks:
+            return None
+        most_chunks = max(-(-longest // pieces), config.least_chunks)
+        return segments(self.inputs, self.schedule.chunk_len, most_chunks)
 
     def config(self, kernel: Any) -> LaunchConfig:  # noqa: ANN401 - a Triton function
         """Return how a kernel is launched."""
@@ -138,6 +159,17 @@ class Call:
             "CEILING": 2.0 if self.inputs.allow_neg_eigval else 1.0,
         }
 
+    def walk(self, done: Prepared) -> dict[str, Any]:
+        """Return the arguments that the kernels share which walk along the chunks from the first to the last."""
+        x = self.inputs
+        return {
+            **self.tensors("v"), "k_rows": done.k_rows, "rest_rows": done.rest_rows, "tokens": done.tokens, "decay": done.decay,
+            **self.pick("G", "K", "V"), "initial_state": x.initial_state, **self.state_strides("i", x.initial_state),
+            "HAS_INITIAL": x.initial_state is not None, "cu_seqlens": self.schedule.cu_seqlens,
+            "chunk_offsets": self.schedule.chunk_offsets, "T": x.q.shape[1], "BT": self.schedule.chunk_len,
+            "BK": padded(self.sizes["K"]), "EXACT": self.exact,
+        }  # fmt: skip
+
     def start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:  # noqa: ANN401
         """Submit a launch with the options of the launch table."""
         submit(Launch(kernel=kernel, programs=programs, arguments=arguments, options=self.config(kernel).options()))
@@ -145,11 +177,53 @@ class Call:
 
 def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     """Return ``o`` and the final state, the latter ``None`` unless asked for."""
-    call = Call.of(inputs)
+    call = Call.of(inputs, FORWARD_CHUNK)
     o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=call.device)
     final = call.new_state() if inputs.output_final_state else None
-    _walk(call, prepare(call, backward=False), o=o, final_state=final)
+    done, pieces = prepare(call, backward=False), call.segments
+    if pieces is None:
+        _walk(call, done, {}, o=o, final_state=final, programs=inputs.num_sequences)
+        return o, final
+    k, v = call.sizes["K"], call.sizes["V"]
+    maps, shifts, starts = (call.new(pieces.num_segments, call.sizes["G"], k, width) for width in (k, v, v))
+    tables = {
+        "cu_seqlens": pieces.cu_seqlens, "chunk_offsets": pieces.chunk_offsets, "initial_state": None, "HAS_INITIAL": False,
+    }  # fmt: skip
+    _walk(call, done, {**tables, "V": k, "IDENTITY": True, "HAS_VALUES": False}, final_state=maps, programs=pieces.num_segments)
+    _walk(call, done, tables, final_state=shifts, programs=pieces.num_segments)
+    arguments = {
+        **call.pick("G", "K", "V"), "maps": maps, "shifts": shifts, "starts": starts, "first_segments": pieces.first_segments,
+        "initial_state": inputs.initial_state, **call.state_strides("i", inputs.initial_state),
+        "HAS_INITIAL": inputs.initial_state is not None, "final_state": final, **call.state_strides("f", final),
+        "HAS_FINAL": final is not None, "BK": padded(k), "BV": tile(call.config(kda_chunk_fwd_segments_kernel).block_v, v),
+        "EXACT": call.exact,
+    }  # fmt: skip
+    call.start(kda_chunk_fwd_segments_kernel, _value_programs(call, arguments["BV"]), arguments)
+    starting = {"initial_state": starts, **strides("i", "ngkv", starts), "HAS_INITIAL": True}
+    _walk(call, done, {**tables, **starting}, o=o, programs=pieces.num_segments)
     return o, final
+
+
+def _walk(
+    call: Call,
+    done: Prepared,
+    changes: dict[str, Any],
+    *,
+    programs: int,
+    o: Tensor | None = None,
+    final_state: Tensor | None = None,
+) -> None:
+    """Run the second kernel over sequences or segments; ``final_state`` of segments is ``[M, G, K, V]``."""
+    arguments = {
+        **call.walk(done), "q_rows": done.q_rows, "scores": done.scores, "IDENTITY": False, "HAS_VALUES": True,
+        "WHOLE_VALUES": call.inputs.v.dtype == torch.bfloat16, "o": o, "HAS_OUTPUT": o is not None,
+        "final_state": final_state, "HAS_FINAL": final_state is not None, **changes,
+    }  # fmt: skip
+    whole = "cu_seqlens" not in changes
+    arguments |= call.state_strides("f", final_state) if whole else strides("f", "ngkv", final_state)
+    arguments["BV"] = tile(call.config(kda_chunk_fwd_walk_kernel).block_v, arguments["V"])
+    tiles = -(-arguments["V"] // arguments["BV"])
+    call.start(kda_chunk_fwd_walk_kernel, programs * call.sizes["G"] * tiles, arguments)
 
 
 def prepare(call: Call, *, backward: bool) -> Prepared:
@@ -157,14 +231,15 @@ def prepare(call: Call, *, backward: bool) -> Prepared:
     c, bk, planes = call.schedule.chunk_len, padded(call.sizes["K"]), 1 if call.exact else 2
     operand = torch.float32 if call.exact else torch.float16
     plane = torch.float32 if call.exact else torch.bfloat16
-    square = [call.per_chunk(planes, c, c, dtype=plane) for _ in range(3 if backward else 2)]
+    square = [call.per_chunk(planes, c, c, dtype=plane) for _ in range(3 if backward else 1)]
+    rows = [call.per_chunk(c, bk, dtype=operand) for _ in range(3 if backward else 2)]
     done = Prepared(
-        q_dec=call.per_chunk(c, bk, dtype=operand),
-        k_dec=call.per_chunk(c, bk, dtype=operand),
-        k_rest=call.per_chunk(c, bk, dtype=operand),
+        q_rows=rows[0],
+        k_rows=rows[1],
+        rest_rows=rows[2] if backward else call.per_chunk(planes, c, bk, dtype=plane),
         tokens=call.per_chunk(TOKEN_ROWS.value, c),
         scores=square[0],
-        solve=square[1],
+        solve=square[1] if backward else square[0],
         pull=square[2] if backward else square[0],
         decay=call.per_chunk(2, bk),
     )
@@ -178,30 +253,6 @@ def prepare(call: Call, *, backward: bool) -> Prepared:
     return done
 
 
-def _walk(
-    call: Call,
-    done: Prepared,
-    *,
-    o: Tensor | None = None,
-    final_state: Tensor | None = None,
-    states: Tensor | None = None,
-    errors: Tensor | None = None,
-) -> None:
-    """Run the second kernel, for the output, or for the states and errors that the backward needs."""
-    inputs, bv = call.inputs, tile(call.config(kda_chunk_fwd_walk_kernel).block_v, call.sizes["V"])
-    arguments = {
-        **call.tensors("v"), **done._asdict(), **call.pick("G", "K", "V"),
-        "initial_state": inputs.initial_state, **call.state_strides("i", inputs.initial_state),
-        "final_state": final_state, **call.state_strides("f", final_state),
-        "o": o, "states": states, "errors": errors, "cu_seqlens": call.schedule.cu_seqlens, "chunk_offsets": call.schedule.chunk_offsets,
-        "T": inputs.q.shape[1], "BT": call.schedule.chunk_len, "BK": padded(call.sizes["K"]), "BV": bv, "EXACT": call.exact,
-        "HAS_INITIAL": inputs.initial_state is not None, "HAS_FINAL": final_state is not None, "HAS_OUTPUT": o is not None,
-        "SAVE": states is not None,
-    }  # fmt: skip
-    del arguments["pull"]
-    call.start(kda_chunk_fwd_walk_kernel, _value_programs(call, bv), arguments)
-
-
 def _value_programs(call: Call, bv: int) -> int:
     return call.inputs.num_sequences * call.sizes["G"] * -(-call.sizes["V"] // bv)
 
@@ -211,12 +262,14 @@ def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
 
     Nothing of the forward pass is kept but its inputs: preparing the chunks again costs less than reading what would be stored.
     """
-    call = Call.of(inputs)
+    call = Call.of(inputs, BACKWARD_CHUNK)
     x, sizes, c = call.inputs, call.sizes, call.schedule.chunk_len
     done = prepare(call, backward=True)
     states, dstates = (call.per_chunk(sizes["K"], sizes["V"]) for _ in range(2))
     errors, pulled = (call.per_chunk(c, sizes["V"]) for _ in range(2))
-    _walk(call, done, states=states, errors=errors)
+    bv = tile(call.config(kda_chunk_bwd_states_kernel).block_v, sizes["V"])
+    arguments = {**call.walk(done), "solve": done.solve, "states": states, "errors": errors, "BV": bv}
+    call.start(kda_chunk_bwd_states_kernel, _value_programs(call, bv), arguments)
 
     found = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device=call.device) for name, tensor in x.tensors().items()
@@ -278,7 +331,7 @@ def _channels(call: Call, found: dict[str, Tensor], arguments: dict[str, Any]) -
 
 def recurrent_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     """Return ``o`` and the final state by the recurrence, in float32 whatever the inputs."""
-    call = Call.of(inputs)
+    call = Call.of(inputs, FORWARD_CHUNK)
     x = call.inputs
     o = torch.empty(x.v.shape, dtype=x.v.dtype, device=call.device)
     final = call.new_state() if x.output_final_state else None

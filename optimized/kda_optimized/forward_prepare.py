@@ -3,14 +3,19 @@
 
 With ``G`` the log decay accumulated from the first token of the chunk, that token's own excluded [KL eqs. 2-9]:
 
-    q_dec  = q exp(G)            each row divided by its ``Q_SCALE``, which also holds the scale
-    k_dec  = k exp(G)            each row divided by its ``K_SCALE``
-    k_rest = k exp(G_C - G)      each row divided by its ``REST_SCALE``
-    P_ij = scale q_i k_j exp(G_i - G_j),  i >= j               ``scores``
-    L_ij = k_i k_j exp(G_i - G_j),  i > j
-    Z = (I + L Diag(beta))^-1                                  ``solve``
-    X = (I + Diag(beta) L)^-1                                  ``pull``, for the backward only
-    exp(g_1), exp(G_C)           decay on entry and afterwards   ``decay``
+    q_dec  = scale q exp(G)      k_dec = k exp(G)      k_rest = k exp(G_C - G)
+    P_ij = scale q_i k_j exp(G_i - G_j),  i >= j       L_ij = k_i k_j exp(G_i - G_j),  i > j
+    Z = (I + L Diag(beta))^-1                          M = Diag(beta) Z
+
+What the walk along the chunks needs of them, folded so that its chain of dependent products is as short as can be:
+
+    mix    = P M                 outputs from the values of the chunk
+    q_read = q_dec - mix k_dec   outputs from the state before it
+    k_read = k_dec               what the state predicts
+    k_write = M^T k_rest         the state after it, from what was not predicted
+
+A chunk is one or two strips of 16 tokens, and channels lie in slabs of 32, one to a warp: ``[W, 16, BC]``. What is summed over channels is
+summed in each slab first, so that a warp works on its own registers until the scores are complete.
 
 The decay of the first token is applied to the state, in float32. What is left of a channel's decay is one for that token,
 whatever its magnitude, so a channel that has almost forgotten the state keeps its own relative accuracy in 16 bits.
@@ -19,36 +24,25 @@ whatever its magnitude, so a channel that has almost forgotten the state keeps i
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import gate_slope, inverse_norm, log_decay, strength
+from kda_optimized.activations import L2NORM_EPSILON, LOG2_E, gate_slope, log_decay, strength
 from kda_optimized.chunks import (
     BETA,
     K_NORM,
     K_SCALE,
-    OFF_MASK,
     Q_NORM,
     Q_SCALE,
     REST_SCALE,
     TOKEN_ROWS,
-    cumulative,
-    factored_exp,
-    level_exponent,
     level_mask,
     load_column,
-    load_tile,
     locate_chunk,
+    sum_decays,
+    tokens_between,
 )
-from kda_optimized.products import dot_split, power_of_two, split, store_planes
+from kda_optimized.products import LOG2_OF_RAISE, TF32_RAISE, half_scale, pair_product, product_split, split, store_planes
 
-
-@triton.jit
-def unit_rows(b_x, EXACT: tl.constexpr):
-    """Return rows divided by a power of two near their largest element, and those powers; nothing to do if ``EXACT``."""
-    b_s, b_r = power_of_two(tl.max(tl.abs(b_x), axis=1))
-    if EXACT:
-        b_s = tl.zeros_like(b_s) + 1.0
-    else:
-        b_x = b_x * b_r[:, None]
-    return b_x, b_s
+STRIP = tl.constexpr(16)
+STRIP_LEVELS = tl.constexpr(4)
 
 
 @triton.jit
@@ -62,108 +56,210 @@ def inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
     o_t = tl.arange(0, BT)
     b_X = tl.where(o_t[:, None] == o_t[None, :], 1.0, 0.0) - tl.where(level_mask(0, BT), b_A, 0.0)
     for i_l in range(1, LEVELS):
-        b_a = tl.where(level_mask(i_l, BT), b_A, 0.0)
-        if EXACT:
-            b_a = tl.dot(b_X, b_a, input_precision="ieee")
-            b_X = b_X - tl.dot(b_a, b_X, input_precision="ieee")
-        else:
-            b_Xh, b_Xl = split(b_X)
-            b_ah, b_al = split(b_a)
-            b_ah, b_al = split(dot_split(b_Xh, b_Xl, b_ah, b_al))
-            b_X = b_X - dot_split(b_ah, b_al, b_Xh, b_Xl)
+        b_a = product_split(b_X, tl.where(level_mask(i_l, BT), b_A, 0.0), EXACT)
+        b_X = b_X - product_split(b_a, b_X, EXACT)
     return b_X
+
+
+@triton.jit
+def load_strip(p_x, i_b, i_h, t_0, o_t, o_k, m_x, stride_b, stride_t, stride_h, stride_c):
+    """Load ``[W, 16, BC]`` of a ``[B, T, heads, channels]`` tensor in float32, zero off the mask."""
+    p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
+    o_x = (t_0 + o_t)[None, :, None] * stride_t + o_k.to(tl.int64)[:, None, :] * stride_c
+    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def unit_strip(b_x):
+    """Return rows divided by their norms over all slabs, and the inverse norms."""
+    b_n = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_x * b_x, axis=2), axis=0) + L2NORM_EPSILON)
+    return b_x * b_n[None, :, None], b_n
+
+
+@triton.jit
+def strip_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
+    """Return ``P`` and ``L`` of one strip, ``[W, 16, 16]`` to be summed over slabs, each pair of tokens from the product of its level."""
+    o_t = tl.arange(0, STRIP)
+    b_L = tl.zeros((W, STRIP, STRIP), dtype=tl.float32)
+    b_P = tl.where((o_t[:, None] == o_t[None, :])[None, :, :], tl.sum(b_q * b_k, axis=2)[:, :, None], 0.0)
+    for i_l in range(STRIP_LEVELS):
+        b_E = tl.exp2(sum_decays(tokens_between(i_l, STRIP), b_gh, b_gl, b_L, LOG2_OF_RAISE, EXACT))
+        m_l = level_mask(i_l, STRIP)[None, :, :]
+        b_kE = b_k * b_E
+        b_P = tl.where(m_l, pair_product(b_q * b_E, b_kE, EXACT), b_P)
+        b_L = tl.where(m_l, pair_product(b_kE, b_kE, EXACT), b_L)
+    return b_P, b_L
+
+
+@triton.jit
+def from_blocks(b_00, b_10, b_11):
+    """Return the lower triangular ``[32, 32]`` matrix of three blocks ``[16, 16]``."""
+    b_x = tl.join(tl.join(b_00, tl.zeros_like(b_00)), tl.join(b_10, b_11))
+    return tl.reshape(tl.permute(b_x, (3, 0, 2, 1)), (2 * STRIP, 2 * STRIP))
+
+
+@triton.jit
+def to_blocks(b_x):
+    """Return the three blocks ``[16, 16]`` of a lower triangular ``[32, 32]`` matrix."""
+    b_0, b_1 = tl.split(tl.permute(tl.reshape(b_x, (2, STRIP, 2, STRIP)), (1, 3, 2, 0)))
+    b_00, _ = tl.split(b_0)
+    b_10, b_11 = tl.split(b_1)
+    return b_00, b_10, b_11
+
+
+@triton.jit
+def block_product(b_a, b_x, W: tl.constexpr, EXACT: tl.constexpr):
+    """Return ``a x`` of ``[16, 16]`` and every slab of ``[W, 16, BC]``."""
+    return product_split(tl.broadcast_to(b_a[None, :, :], (W, STRIP, STRIP)), b_x, EXACT)
+
+
+@triton.jit
+def store_rows(p_x, p_s, b_x, o_x, EXACT: tl.constexpr):
+    """Write ``[W, 16, BC]`` as operands: float32 as they are, or float16 with the scales of tokens beside them."""
+    b_m = tl.max(tl.max(tl.abs(b_x), axis=2), axis=0)
+    if EXACT:
+        tl.store(p_x + o_x, b_x)
+        tl.store(p_s, tl.zeros_like(b_m) + 1.0)
+    else:
+        b_s, b_r = half_scale(b_m)
+        tl.store(p_x + o_x, (b_x * b_r[None, :, None]).to(tl.float16))
+        tl.store(p_s, b_s)
 
 
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_fwd_prepare_kernel(
-    q, k, g, beta, A_log, dt_bias, q_dec, k_dec, k_rest, tokens, scores, solve, pull, decay, cu_seqlens, chunk_table,
+    q, k, g, beta, A_log, dt_bias, q_rows, k_rows, rest_rows, tokens, scores, solve, pull, decay, cu_seqlens, chunk_table,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_bb, stride_bt, stride_bh, scale, lower_bound, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
     EXACT: tl.constexpr, BACKWARD: tl.constexpr, USE_L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr,
     HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr, USE_SIGMOID: tl.constexpr, CEILING: tl.constexpr,
 ):  # fmt: skip
-    """Prepare one chunk of one value head."""
+    """Prepare one chunk of one value head: folded for the forward walk, or in parts for the backward."""
     PLANE: tl.constexpr = BT * BT
     PLANES: tl.constexpr = 1 if EXACT else 2
+    BC: tl.constexpr = min(BK, 32)
+    W: tl.constexpr = BK // BC
+    TWO: tl.constexpr = BT > STRIP
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
     i_h = i_g // (G // H)
     i_b, t_0, _, n_t = locate_chunk(i_c, cu_seqlens, chunk_table, T, BT)
     i_cg = i_c.to(tl.int64) * G + i_g
     o_t = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    m_t = o_t < n_t
+    o_s = tl.arange(0, STRIP)
+    o_k = tl.arange(0, W)[:, None] * BC + tl.arange(0, BC)[None, :]  # [W, BC]
     m_k = o_k < K
-    m_tk = m_t[:, None] & m_k[None, :]
-    o_tk = o_t[:, None] * BK + o_k[None, :]
+    m_0 = (o_s < n_t)[None, :, None] & m_k[:, None, :]
+    m_1 = (o_s + STRIP < n_t)[None, :, None] & m_k[:, None, :]
+    o_0 = o_s[None, :, None] * BK + o_k[:, None, :]  # [W, 16, BC]
+    o_1 = o_0 + STRIP * BK
     o_tt = o_t[:, None] * BT + o_t[None, :]
+    p_token = tokens + i_cg * (TOKEN_ROWS * BT)
     p_tk = i_cg * (BT * BK)
-    p_token = tokens + i_cg * (TOKEN_ROWS * BT) + o_t
+    p_tt = i_cg * (PLANES * PLANE)
 
-    b_q = load_tile(q, i_b, i_h, t_0, o_t, o_k, m_tk, stride_qb, stride_qt, stride_qh, stride_qk)  # [BT, BK]
-    b_k = load_tile(k, i_b, i_h, t_0, o_t, o_k, m_tk, stride_kb, stride_kt, stride_kh, stride_kk)
-    if USE_L2NORM:
-        b_qn = inverse_norm(b_q)
-        b_kn = inverse_norm(b_k)
-        b_q = b_q * b_qn[:, None]
-        b_k = b_k * b_kn[:, None]
-        if BACKWARD:
-            tl.store(p_token + Q_NORM * BT, b_qn)
-            tl.store(p_token + K_NORM * BT, b_kn)
-    b_q, b_qs = unit_rows(b_q, EXACT)
-    b_k, b_ks = unit_rows(b_k, EXACT)
-    b_qs = b_qs * scale
-
-    b_x = load_tile(g, i_b, i_g, t_0, o_t, o_k, m_tk, stride_gb, stride_gt, stride_gh, stride_gk)
+    b_g0 = load_strip(g, i_b, i_g, t_0, o_s, o_k, m_0, stride_gb, stride_gt, stride_gh, stride_gk)
+    b_q0 = load_strip(q, i_b, i_h, t_0, o_s, o_k, m_0, stride_qb, stride_qt, stride_qh, stride_qk)
+    b_k0 = load_strip(k, i_b, i_h, t_0, o_s, o_k, m_0, stride_kb, stride_kt, stride_kh, stride_kk)
+    b_bias = tl.zeros((W, BC), dtype=tl.float32)
     if HAS_DT_BIAS:
-        b_x += tl.load(dt_bias + i_g * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        b_bias += tl.load(dt_bias + i_g * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_A, b_slope = gate_slope(A_log, i_g, HAS_A_LOG)
-    b_g = tl.where(m_tk, log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED), 0.0)
-    m_first = (o_t == 0)[:, None]
-    b_entry = tl.sum(tl.where(m_first, b_g, 0.0), axis=0)  # [BK]
-    b_G = cumulative(tl.where(m_first, 0.0, b_g), EXACT)
+    b_g0 = log_decay(b_g0 + b_bias[:, None, :], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
+    b_g0 = tl.where(m_0, b_g0 * LOG2_E, 0.0)
+    if USE_L2NORM:
+        b_q0, b_qn0 = unit_strip(b_q0)
+        b_k0, b_kn0 = unit_strip(b_k0)
+        if BACKWARD:
+            tl.store(p_token + Q_NORM * BT + o_s, b_qn0)
+            tl.store(p_token + K_NORM * BT + o_s, b_kn0)
+    b_q0 = b_q0 * scale
+    b_gh0 = b_g0
+    b_gl0 = b_g0
+    if not EXACT:
+        b_gh0, b_gl0 = split(b_g0)
+    b_P, b_L = strip_scores(b_q0, b_k0, b_gh0, b_gl0, W, EXACT)
+    # Decays up to each token without the first one, and of those behind it; the latter of the whole chunk below.
+    b_dec0 = tl.exp2(sum_decays((o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0), b_gh0, b_gl0, b_L, 0.0, EXACT))
+    b_rest0 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh0, b_gl0, b_L, 0.0, EXACT))
+    if TWO:
+        b_g1 = load_strip(g, i_b, i_g, t_0, o_s + STRIP, o_k, m_1, stride_gb, stride_gt, stride_gh, stride_gk)
+        b_q1 = load_strip(q, i_b, i_h, t_0, o_s + STRIP, o_k, m_1, stride_qb, stride_qt, stride_qh, stride_qk)
+        b_k1 = load_strip(k, i_b, i_h, t_0, o_s + STRIP, o_k, m_1, stride_kb, stride_kt, stride_kh, stride_kk)
+        b_g1 = log_decay(b_g1 + b_bias[:, None, :], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
+        b_g1 = tl.where(m_1, b_g1 * LOG2_E, 0.0)
+        if USE_L2NORM:
+            b_q1, b_qn1 = unit_strip(b_q1)
+            b_k1, b_kn1 = unit_strip(b_k1)
+            if BACKWARD:
+                tl.store(p_token + Q_NORM * BT + STRIP + o_s, b_qn1)
+                tl.store(p_token + K_NORM * BT + STRIP + o_s, b_kn1)
+        b_q1 = b_q1 * scale
+        b_gh1 = b_g1
+        b_gl1 = b_g1
+        if not EXACT:
+            b_gh1, b_gl1 = split(b_g1)
+        b_P1, b_L1 = strip_scores(b_q1, b_k1, b_gh1, b_gl1, W, EXACT)
+        b_dec1 = tl.exp2(sum_decays(o_s[:, None] >= o_s[None, :], b_gh1, b_gl1, b_L1, 0.0, EXACT))
+        b_rest1 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh1, b_gl1, b_L1, 0.0, EXACT))
+        b_q1 = b_q1 * b_dec1
+        b_kd1 = b_k1 * b_dec1
+        b_kr0 = b_k0 * b_rest0
+        b_kr = b_kr0 if EXACT else b_kr0 * (TF32_RAISE * TF32_RAISE)
+        b_P = from_blocks(tl.sum(b_P, axis=0), tl.sum(pair_product(b_q1, b_kr, EXACT), axis=0), tl.sum(b_P1, axis=0))
+        b_L = from_blocks(tl.sum(b_L, axis=0), tl.sum(pair_product(b_kd1, b_kr, EXACT), axis=0), tl.sum(b_L1, axis=0))
+        b_before = tl.exp2(tl.sum(tl.where((o_s > 0)[None, :, None], b_g0, 0.0), axis=1))[:, None, :]
+        b_behind = tl.exp2(tl.sum(b_g1, axis=1))[:, None, :]
+        b_q1 = b_q1 * b_before
+        b_kd1 = b_kd1 * b_before
+        b_kr0 = b_kr0 * b_behind
+        b_rest0 = b_rest0 * b_behind
+        b_kr1 = b_k1 * b_rest1
+    else:
+        b_P = tl.sum(b_P, axis=0)
+        b_L = tl.sum(b_L, axis=0)
+        b_kr0 = b_k0 * b_rest0
+    b_q0 = b_q0 * b_dec0
+    b_kd0 = b_k0 * b_dec0
+    # The first token's own decay, and what all behind it leave of it: rows of what is there.
+    p_decay = tl.broadcast_to((decay + i_cg * (2 * BK) + o_k)[:, None, :], (W, STRIP, BC))
+    m_first = tl.broadcast_to((o_s == 0)[None, :, None], (W, STRIP, BC))
+    tl.store(p_decay, tl.exp2(b_g0), mask=m_first)
+    tl.store(p_decay + BK, b_rest0, mask=m_first)
+    store_rows(k_rows + p_tk, p_token + K_SCALE * BT + o_s, b_kd0, o_0, EXACT)
+    if TWO:
+        store_rows(k_rows + p_tk, p_token + K_SCALE * BT + STRIP + o_s, b_kd1, o_1, EXACT)
+
+    m_t = o_t < n_t
     b_b = load_column(beta, i_b, i_g, t_0, o_t, m_t, stride_bb, stride_bt, stride_bh)
     b_b = tl.where(m_t, strength(b_b, USE_SIGMOID, CEILING), 0.0)  # [BT]
-    tl.store(p_token + BETA * BT, b_b)
-
-    b_E, b_f = factored_exp(tl.where(m_k[None, :], b_G.to(tl.float32), OFF_MASK), EXACT)
-    tl.store(q_dec + p_tk + o_tk, b_q * b_E)
-    tl.store(k_dec + p_tk + o_tk, b_k * b_E)
-    tl.store(p_token + Q_SCALE * BT, b_qs * b_f)
-    tl.store(p_token + K_SCALE * BT, b_ks * b_f)
-    # Rows past the end do not decay, so the last row holds the total of a shorter chunk too.
-    b_total = tl.sum(tl.where((o_t == BT - 1)[:, None], b_G, 0.0), axis=0)  # [BK]
-    b_E, b_f = factored_exp(tl.where(m_k[None, :], (b_total[None, :] - b_G).to(tl.float32), OFF_MASK), EXACT)
-    tl.store(k_rest + p_tk + o_tk, b_k * b_E)
-    tl.store(p_token + REST_SCALE * BT, b_ks * b_f)
-    p_decay = decay + i_cg * (2 * BK) + o_k
-    tl.store(p_decay, tl.exp(b_entry))
-    tl.store(p_decay + BK, tl.exp(b_total.to(tl.float32)))
-
-    b_P = tl.where(o_t[:, None] == o_t[None, :], (tl.sum(b_q * b_k, axis=1) * b_qs * b_ks)[:, None], 0.0)  # [BT, BT]
-    b_L = tl.zeros((BT, BT), dtype=tl.float32)
-    if not EXACT:
-        # Held through the loop in half the registers; the decayed rows are rounded to float16 in any case.
-        b_q = b_q.to(tl.float16)
-        b_k = b_k.to(tl.float16)
-    for i_l in range(LEVELS):
-        m_l = level_mask(i_l, BT)
-        b_E, b_f = factored_exp(level_exponent(b_G, m_k, i_l, BT, BK), EXACT)
-        if EXACT:
-            b_kE = b_k * b_E
-            b_p = tl.dot(b_q * b_E, tl.trans(b_kE), input_precision="ieee")
-            b_a = tl.dot(b_kE, tl.trans(b_kE), input_precision="ieee")
-        else:
-            b_kE = (b_k * b_E).to(tl.float16)
-            b_p = tl.dot((b_q * b_E).to(tl.float16), tl.trans(b_kE))
-            b_a = tl.dot(b_kE, tl.trans(b_kE))
-        b_ck = b_ks * b_f
-        b_P = tl.where(m_l, b_p * (b_qs * b_f)[:, None] * b_ck[None, :], b_P)
-        b_L = tl.where(m_l, b_a * b_ck[:, None] * b_ck[None, :], b_L)
-
-    p_tt = i_cg * (PLANES * PLANE)
-    store_planes(scores + p_tt, b_P, o_tt, PLANE, EXACT)
-    store_planes(solve + p_tt, inverse(b_L * b_b[None, :], BT, LEVELS, EXACT), o_tt, PLANE, EXACT)
+    b_Z = inverse(b_L * b_b[None, :], BT, LEVELS, EXACT)
     if BACKWARD:
+        tl.store(p_token + BETA * BT + o_t, b_b)
+        store_planes(scores + p_tt, b_P, o_tt, PLANE, EXACT)
+        store_planes(solve + p_tt, b_Z, o_tt, PLANE, EXACT)
         store_planes(pull + p_tt, inverse(b_L * b_b[:, None], BT, LEVELS, EXACT), o_tt, PLANE, EXACT)
+        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
+        store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + o_s, b_kr0, o_0, EXACT)
+        if TWO:
+            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
+            store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + STRIP + o_s, b_kr1, o_1, EXACT)
+    else:
+        b_mix = product_split(b_P * b_b[None, :], b_Z, EXACT)
+        store_planes(scores + p_tt, b_mix, o_tt, PLANE, EXACT)
+        b_M = b_Z * b_b[:, None]
+        p_w = rest_rows + PLANES * p_tk
+        if TWO:
+            b_00, b_10, b_11 = to_blocks(b_mix)
+            b_q0 -= block_product(b_00, b_kd0, W, EXACT)
+            b_q1 -= block_product(b_10, b_kd0, W, EXACT) + block_product(b_11, b_kd1, W, EXACT)
+            b_00, b_10, b_11 = to_blocks(b_M)
+            b_w0 = block_product(tl.trans(b_00), b_kr0, W, EXACT) + block_product(tl.trans(b_10), b_kr1, W, EXACT)
+            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
+            store_planes(p_w, block_product(tl.trans(b_11), b_kr1, W, EXACT), o_1, BT * BK, EXACT)
+        else:
+            b_q0 -= block_product(b_mix, b_kd0, W, EXACT)
+            b_w0 = block_product(tl.trans(b_M), b_kr0, W, EXACT)
+        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
+        store_planes(p_w, b_w0, o_0, BT * BK, EXACT)

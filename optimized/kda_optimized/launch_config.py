@@ -36,12 +36,18 @@ class LaunchConfig:
         As Triton takes them.
     block_k, block_v
         Key and value channels per tile; ``None`` where the kernel does not split that axis.
+    programs
+        Programs below which sequences are cut into segments, so that the device is not left idle; 0 never cuts.
+    least_chunks
+        Chunks of the shortest segment worth a walk of its own.
     """
 
     num_warps: int
     num_stages: int
     block_k: int | None = None
     block_v: int | None = None
+    programs: int = 0
+    least_chunks: int = 1
 
     def options(self) -> dict[str, int]:
         """Return what Triton takes at launch."""
@@ -93,7 +99,7 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> Launc
     """
     for rule in rules:
         if operand_bytes <= rule["max_operand_bytes"] and width <= rule["max_width"]:
-            blocks = {name: rule[name] for name in ("block_k", "block_v") if name in rule}
+            blocks = {name: rule[name] for name in ("block_k", "block_v", "programs", "least_chunks") if name in rule}
             return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **blocks)
     message = (
         f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,28 @@ class Schedule:
     chunk_table: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """The sequences of a call cut into pieces of whole chunks.
+
+    Attributes
+    ----------
+    num_segments
+        Pieces of all sequences; an empty sequence has none.
+    cu_seqlens
+        int64 ``[num_segments + 1]``, token offsets of the pieces.
+    chunk_offsets
+        int64 ``[num_segments]``, number of the first chunk of each piece.
+    first_segments
+        int64 ``[N + 1]``, number of the first piece of each sequence.
+    """
+
+    num_segments: int
+    cu_seqlens: Tensor
+    chunk_offsets: Tensor
+    first_segments: Tensor
+
+
 def chunk_length(chunk_size: int, operand_bytes: int, width: int) -> int:
     """Return the tokens per chunk: the longest of 16, 32 and 64 that is not above ``chunk_size`` and whose tiles fit on chip.
 
@@ -63,14 +86,39 @@ def chunk_length(chunk_size: int, operand_bytes: int, width: int) -> int:
 
 def schedule(inputs: KdaInputs, chunk_len: int) -> Schedule:
     """Cut every sequence of a call into chunks; ``cu_seqlens`` is read on the host."""
+    return _schedule(offsets_of(inputs), chunk_len, inputs.q.device)
+
+
+def offsets_of(inputs: KdaInputs) -> tuple[int, ...]:
+    """Return the token offsets of the sequences; rows of a batch are sequences of one length."""
+    if inputs.cu_seqlens is not None:
+        return tuple(inputs.cu_seqlens.tolist())
     batch, num_tokens = inputs.q.shape[:2]
-    if inputs.cu_seqlens is None:
-        return _schedule(
-            tuple(range(0, (batch + 1) * num_tokens, num_tokens)) if num_tokens else (0,) * (batch + 1),
-            chunk_len,
-            inputs.q.device,
-        )
-    return _schedule(tuple(inputs.cu_seqlens.tolist()), chunk_len, inputs.q.device)
+    return tuple(row * num_tokens for row in range(batch + 1))
+
+
+def segments(inputs: KdaInputs, chunk_len: int, most_chunks: int) -> Segments:
+    """Cut every sequence of a call into pieces of at most ``most_chunks`` chunks, as equal as can be."""
+    return _segments(offsets_of(inputs), chunk_len, most_chunks, inputs.q.device)
+
+
+@lru_cache(maxsize=64)
+def _segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device: torch.device) -> Segments:
+    starts, first, chunks, before = [], [0], [], 0
+    for start, end in pairwise(offsets):
+        count = -(-(end - start) // chunk_len)
+        pieces = -(-count // most_chunks)
+        cuts = [count * piece // pieces for piece in range(pieces)]
+        starts += [start + chunk_len * cut for cut in cuts]
+        chunks += [before + cut for cut in cuts]
+        first.append(first[-1] + pieces)
+        before += count
+    return Segments(
+        num_segments=len(starts),
+        cu_seqlens=torch.tensor([*starts, offsets[-1]], dtype=torch.int64, device=device),
+        chunk_offsets=torch.tensor(chunks, dtype=torch.int64, device=device),
+        first_segments=torch.tensor(first, dtype=torch.int64, device=device),
+    )
 
 
 @lru_cache(maxsize=64)

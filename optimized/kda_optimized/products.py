@@ -9,7 +9,9 @@ whichever of two ways fits:
   wherever the reduced axis is not time; any magnitude is allowed.
 * *split*: each operand is the sum of two bfloat16 values, and three products are added; relative error about ``2^-16``. It
   needs no scale at all, so it fits a reduction over the tokens of a chunk, where a scale taken over the tokens would let a
-  later token change the rounding of an earlier output.
+  later token change the rounding of an earlier output, and where what one channel has kept may be far below the others.
+
+Scaled rows fill the upper half of float16's range, so that an element loses accuracy only ``2^-28`` below the largest of its row.
 """
 
 import triton
@@ -18,6 +20,11 @@ import triton.language as tl
 EXPONENT_BITS = tl.constexpr(0x7F800000)
 BITS_OF_LARGEST = tl.constexpr(0x7E800000)
 BITS_OF_ONE = tl.constexpr(0x3F800000)
+BITS_OF_LEAST = tl.constexpr(0x07800000)
+BITS_OF_HEADROOM = tl.constexpr(0x07000000)
+TF32_RAISE = tl.constexpr(1.0 + 2.0**-11 / 1.5)
+LOG2_OF_RAISE = tl.constexpr(0.00046955087180600337)
+UPPER_BITS = tl.constexpr(-65536)
 BITS_OF_ONE_TWICE = tl.constexpr(0x7F000000)
 
 
@@ -27,6 +34,17 @@ def power_of_two(b_x):
     b_e = tl.minimum(b_x.to(tl.int32, bitcast=True) & EXPONENT_BITS, BITS_OF_LARGEST)
     b_e = tl.where(b_e == 0, BITS_OF_ONE, b_e)
     return b_e.to(tl.float32, bitcast=True), (-(b_e - BITS_OF_ONE_TWICE)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit_rows(b_x, EXACT: tl.constexpr):
+    """Return rows divided by a power of two near their largest element, and those powers; nothing to do if ``EXACT``."""
+    b_s, b_r = power_of_two(tl.max(tl.abs(b_x), axis=1))
+    if EXACT:
+        b_s = tl.zeros_like(b_s) + 1.0
+    else:
+        b_x = b_x * b_r[:, None]
+    return b_x, b_s
 
 
 @triton.jit
@@ -44,10 +62,58 @@ def scaled_columns(b_x):
 
 
 @triton.jit
+def half_scale(b_x):
+    """Return powers of two ``s`` and ``1 / s`` such that ``x / s`` lies in ``[2^14, 2^15)``, for ``x >= 0`` not below ``2^-112``."""
+    b_e = tl.minimum(b_x.to(tl.int32, bitcast=True) & EXPONENT_BITS, BITS_OF_LARGEST)
+    b_e = tl.maximum(b_e, BITS_OF_LEAST) - BITS_OF_HEADROOM
+    return b_e.to(tl.float32, bitcast=True), (-(b_e - BITS_OF_ONE_TWICE)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def half_rows(b_x):
+    """Return ``x`` ``[R, C]`` in float16 with each row divided by a power of two, and those powers ``[R]``."""
+    b_s, b_r = half_scale(tl.max(tl.abs(b_x), axis=1))
+    return (b_x * b_r[:, None]).to(tl.float16), b_s
+
+
+@triton.jit
+def pair_product(b_a, b_b, EXACT: tl.constexpr):
+    """Return ``a b^T`` of each of several pairs of float32 tiles ``[B, M, C]`` and ``[B, N, C]``, in tf32 unless ``EXACT``.
+
+    Tensor cores cut tf32 operands off at 11 bits. Multiplied by ``TF32_RAISE`` first, they err neither up nor down in the mean over a binade,
+    hardly more than rounded ones, and what has 11 bits stays as it is. Unlike float16, tf32 has the range of float32.
+    """
+    if EXACT:
+        b_o = tl.dot(b_a, tl.permute(b_b, (0, 2, 1)), input_precision="ieee")
+    else:
+        b_o = tl.dot(b_a, tl.permute(b_b, (0, 2, 1)), input_precision="tf32")
+    return b_o
+
+
+@triton.jit
+def product_split(b_a, b_b, EXACT: tl.constexpr):
+    """Return ``a b`` of float32 tiles, split."""
+    if EXACT:
+        b_o = tl.dot(b_a, b_b, input_precision="ieee")
+    else:
+        b_ah, b_al = split(b_a)
+        b_bh, b_bl = split(b_b)
+        b_o = dot_split(b_ah, b_al, b_bh, b_bl)
+    return b_o
+
+
+@triton.jit
 def split(b_x):
-    """Return two bfloat16 tiles whose sum is ``x`` to 16 bits."""
-    b_h = b_x.to(tl.bfloat16)
-    return b_h, (b_x - b_h.to(tl.float32)).to(tl.bfloat16)
+    """Return two bfloat16 tiles whose sum is ``x`` to 15 bits, by cutting off, which takes no conversion."""
+    b_h = b_x.to(tl.int32, bitcast=True) & UPPER_BITS
+    b_l = (b_x - b_h.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return upper_half(b_h), upper_half(b_l)
+
+
+@triton.jit
+def upper_half(b_bits):
+    """Return the bfloat16 tile that the upper halves of float32 patterns are."""
+    return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
