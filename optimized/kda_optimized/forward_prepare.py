@@ -183,6 +183,7 @@ def kda_chunk_fwd_prepare_kernel(
     # Decays up to each token without the first one, and of those behind it; the latter of the whole chunk below.
     b_dec0 = tl.exp2(sum_decays((o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0), b_gh0, b_gl0, b_L, 0.0, EXACT))
     b_rest0 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh0, b_gl0, b_L, 0.0, EXACT))
+    b_total = tl.sum(tl.where((o_s > 0)[None, :, None], b_g0, 0.0), axis=1)  # [W, BC]
     if TWO:
         b_g1 = load_strip(g, i_b, i_g, t_0, o_s + STRIP, o_k, m_1, stride_gb, stride_gt, stride_gh, stride_gk)
         b_q1 = load_strip(q, i_b, i_h, t_0, o_s + STRIP, o_k, m_1, stride_qb, stride_qt, stride_qh, stride_qk)
@@ -209,12 +210,12 @@ def kda_chunk_fwd_prepare_kernel(
         b_kr = b_kr0 if EXACT else b_kr0 * (TF32_RAISE * TF32_RAISE)
         b_P = from_blocks(tl.sum(b_P, axis=0), tl.sum(pair_product(b_q1, b_kr, EXACT), axis=0), tl.sum(b_P1, axis=0))
         b_L = from_blocks(tl.sum(b_L, axis=0), tl.sum(pair_product(b_kd1, b_kr, EXACT), axis=0), tl.sum(b_L1, axis=0))
-        b_before = tl.exp2(tl.sum(tl.where((o_s > 0)[None, :, None], b_g0, 0.0), axis=1))[:, None, :]
-        b_behind = tl.exp2(tl.sum(b_g1, axis=1))[:, None, :]
+        b_before = tl.exp2(b_total)[:, None, :]
+        b_behind = tl.sum(b_g1, axis=1)
+        b_total += b_behind
         b_q1 = b_q1 * b_before
         b_kd1 = b_kd1 * b_before
-        b_kr0 = b_kr0 * b_behind
-        b_rest0 = b_rest0 * b_behind
+        b_kr0 = b_kr0 * tl.exp2(b_behind)[:, None, :]
         b_kr1 = b_k1 * b_rest1
     else:
         b_P = tl.sum(b_P, axis=0)
@@ -222,11 +223,10 @@ def kda_chunk_fwd_prepare_kernel(
         b_kr0 = b_k0 * b_rest0
     b_q0 = b_q0 * b_dec0
     b_kd0 = b_k0 * b_dec0
-    # The first token's own decay, and what all behind it leave of it: rows of what is there.
-    p_decay = tl.broadcast_to((decay + i_cg * (2 * BK) + o_k)[:, None, :], (W, STRIP, BC))
-    m_first = tl.broadcast_to((o_s == 0)[None, :, None], (W, STRIP, BC))
-    tl.store(p_decay, tl.exp2(b_g0), mask=m_first)
-    tl.store(p_decay + BK, b_rest0, mask=m_first)
+    # The state may do nothing but decay for long, so its decays are sums in float32.
+    p_decay = decay + i_cg * (2 * BK) + o_k
+    tl.store(p_decay, tl.exp2(tl.sum(tl.where((o_s == 0)[None, :, None], b_g0, 0.0), axis=1)))
+    tl.store(p_decay + BK, tl.exp2(b_total))
     store_rows(k_rows + p_tk, p_token + K_SCALE * BT + o_s, b_kd0, o_0, EXACT)
     if TWO:
         store_rows(k_rows + p_tk, p_token + K_SCALE * BT + STRIP + o_s, b_kd1, o_1, EXACT)

@@ -44,8 +44,9 @@ def kda_chunk_fwd_segments_kernel(
         b_S += tl.load(
             p_s + o_k.to(tl.int64)[:, None] * stride_ik + o_v.to(tl.int64)[None, :] * stride_iv, mask=m_kv, other=0.0
         )
-    for i_s in range(tl.load(first_segments + i_n), tl.load(first_segments + i_n + 1)):
-        i_sg = i_s.to(tl.int64) * G + i_g
+    i_0 = tl.load(first_segments + i_n)
+    for i_s in range(tl.load(first_segments + i_n + 1) - i_0):
+        i_sg = (i_0 + i_s) * G + i_g
         tl.store(starts + i_sg * (K * V) + o_kv, b_S, mask=m_kv)
         b_A = tl.load(maps + i_sg * (K * K) + o_kk, mask=m_kk, other=0.0)
         b_B = tl.load(shifts + i_sg * (K * V) + o_kv, mask=m_kv, other=0.0)
