@@ -1,7 +1,25 @@
-"""The Kimi Linear model: KDA layers, multi-head latent attention, mixture of experts. Nothing is built yet.
+"""Kimi Linear: layers of Kimi Delta Attention and of latent attention, mixture of experts, in PyTorch.
 
-What will live here, one idea a module: the KDA layer [KL eq. 10], latent attention without position encoding, the
-expert layer, the hybrid stack of three KDA layers to one full-attention layer, its cache, and the loading of released
-checkpoints. The operator itself comes from a kernel package; this package may import ``kda_reference`` for the call
-contract and its errors, and never the conformance suite or the reports.
+Reading order: ``config``, ``kda_layer``, ``latent_attention``, ``experts``, ``model``; then ``cache`` and ``generate`` for inference,
+``checkpoint`` for weights, ``training`` for the rest. ``operators`` is where the recurrence itself comes from.
 """
+
+from kda_model.cache import Cache
+from kda_model.config import KimiLinearConfig
+from kda_model.model import KimiLinear, initialise
+from kda_model.operators import Operator, find_operator
+from kda_model.packing import Packing, pack
+from kda_model.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "Cache",
+    "KimiLinear",
+    "KimiLinearConfig",
+    "Operator",
+    "Packing",
+    "find_operator",
+    "initialise",
+    "pack",
+    "preset",
+]
