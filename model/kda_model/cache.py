@@ -179,24 +179,20 @@ class Cache:
         totals, device_totals, slots = self._frame
         return LatentView(self.pages, self._full.index(layer), self.tables, self.table, slots, totals, device_totals)
 
-    def close(self, memories: dict[int, KdaMemory]) -> None:
-        """End the call: keep the new memories, and count its tokens."""
-        self.close_on_device(memories)
-        self.close_on_host()
-
     @torch.no_grad()
-    def close_on_device(self, memories: dict[int, KdaMemory]) -> None:
-        """Do the part of ``close`` that happens on the device, which a CUDA graph records."""
+    def close(self, memories: dict[int, KdaMemory]) -> None:
+        """End the call: keep the new memories, and count its tokens. A CUDA graph records what happens on the device."""
         assert self._frame is not None  # noqa: S101 - as above
         for layer, memory in memories.items():
             for kept, found in zip(self.memories[layer], memory, strict=True):
                 kept.copy_(found)
-        self.device_lengths.copy_(self._frame[1])
+        totals, device_totals, _ = self._frame
+        self.device_lengths.copy_(device_totals)
+        self.lengths, self._frame = totals, None
 
-    def close_on_host(self) -> None:
-        """Do the part of ``close`` that happens on the host."""
-        assert self._frame is not None  # noqa: S101 - as above
-        self.lengths, self._frame = self._frame[0], None
+    def count(self, number: int) -> None:
+        """Count, on the host alone, tokens that a graph of a call has added on the device."""
+        self.lengths = [length + number for length in self.lengths]
 
     def reset(self) -> None:
         """Forget everything, values included, so that nothing of one use reaches the next."""

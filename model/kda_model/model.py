@@ -174,9 +174,7 @@ class KimiLinear(nn.Module):
             if memory is not None:
                 memories[index] = memory
         if cache is not None:
-            cache.close_on_device(memories)
-            if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                cache.close_on_host()
+            cache.close(memories)
         normalised: Tensor = self.model.norm(x_BTD)
         return normalised
 
