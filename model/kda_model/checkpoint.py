@@ -11,7 +11,7 @@ import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from kda_reference.errors import KdaError
@@ -32,7 +32,16 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 STACKED = re.compile(r"(.*\.experts)\.(w[123])$")
+# transformers 5.23 saves the MLP of a dense layer under the name of the experts, which no released checkpoint does.
+MISNAMED = re.compile(r"(model\.layers\.\d+\.)block_sparse_moe(\.(?:gate|up|down)_proj\.weight)")
 LISTED = 5
+
+
+class Place(NamedTuple):
+    """Where a tensor is stored, and under which name."""
+
+    path: Path
+    name: str
 
 
 class CheckpointError(KdaError):
@@ -125,7 +134,8 @@ def load(
         _account(wanted, places, files)
         state = {}
         for name, tensor in wanted.items():
-            parts = [files[places[part]].get_tensor(part) for part in released_names(name, tensor.shape)]
+            stored = [places[part] for part in released_names(name, tensor.shape)]
+            parts = [files[place.path].get_tensor(place.name) for place in stored]
             state[name] = _stack(name, parts) if STACKED.fullmatch(name) else parts[0]
     model.load_state_dict(state, assign=True)
     for router in model.routers():
@@ -159,24 +169,27 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def _places(files: Mapping[Path, Any]) -> dict[str, Path]:
-    places: dict[str, Path] = {}
+def _places(files: Mapping[Path, Any]) -> dict[str, Place]:
+    places: dict[str, Place] = {}
     for path, file in files.items():
-        for name in file.keys():  # noqa: SIM118 - no mapping
+        for stored in file.keys():  # noqa: SIM118 - no mapping
+            name = MISNAMED.sub(r"\1mlp\2", stored)
             if name in places:
-                message = f"checkpoint must hold {name} once, got it in {places[name].name} and {path.name}; remove one"
+                message = (
+                    f"checkpoint must hold {name} once, got it in {places[name].path.name} and {path.name}; remove one"
+                )
                 raise CheckpointError(message)
-            places[name] = path
+            places[name] = Place(path, stored)
     return places
 
 
-def _account(wanted: Mapping[str, Tensor], places: Mapping[str, Path], files: Mapping[Path, Any]) -> None:
+def _account(wanted: Mapping[str, Tensor], places: Mapping[str, Place], files: Mapping[Path, Any]) -> None:
     """Refuse a checkpoint whose tensors are not exactly the wanted ones."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in wanted.items():
         shape = tensor.shape[1:] if STACKED.fullmatch(name) else tensor.shape
         shapes |= dict.fromkeys(released_names(name, tensor.shape), tuple(shape))
-    found = {name: tuple(files[path].get_slice(name).get_shape()) for name, path in places.items()}
+    found = {name: tuple(files[place.path].get_slice(place.name).get_shape()) for name, place in places.items()}
     problems = {
         "missing": sorted(shapes.keys() - found.keys()),
         "unexpected": sorted(found.keys() - shapes.keys()),

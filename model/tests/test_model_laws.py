@@ -1,0 +1,25 @@
+"""The model obeys its laws (``model_laws``), and is in the budget of the float64 reference on every operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from model_budget import judge
+from model_cases import evaluate, made, package, truth
+from model_laws import LAWS
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_model_obeys(law: str) -> None:
+    LAWS[law](package())
+
+
+@pytest.mark.parametrize("operator", ["triton", "reference"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-grouped-values"])
+def test_model_is_in_budget_on(operator: str, preset: str, record_property: Any) -> None:
+    kda, (expected, tokens) = package(), truth(preset)
+    verdict = judge(evaluate(kda, made(kda, kda.preset(preset), operator=operator), tokens, expected.routing), expected)
+    record_property("score", verdict.score)
+    record_property("tie_margin", expected.margin)
+    assert verdict.score <= 1, verdict
