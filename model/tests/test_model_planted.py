@@ -1,7 +1,7 @@
 """Every planted bug breaks a law: the package is copied, one piece of its text is changed, and the law that names it must fail.
 
-The list, ``planted_bugs.toml``, follows published bugs of models with linear attention (classes V, K, M, G06, C10); each entry says what is changed, and
-where, so that a law that sees nothing any more is found out.
+The list, ``planted_bugs.toml``, follows published bugs of models with linear attention (classes V, K, M, G06 and C10). A law
+that sees its bug no more is found out here.
 """
 
 from __future__ import annotations
