@@ -33,11 +33,12 @@ class Master:
     parameter: nn.Parameter
     part: int | None
 
-    def take_gradient(self) -> None:
-        """Give the parameter's gradient to the leaf."""
+    def take_gradient(self, factor: Tensor) -> None:
+        """Give the parameter's gradient, times a factor, to the leaf."""
         gradient = self.parameter.grad
         if gradient is not None:
-            self.leaf.grad = (gradient if self.part is None else gradient[self.part]).to(self.leaf.dtype)
+            part = gradient if self.part is None else gradient[self.part]
+            self.leaf.grad = part.to(self.leaf.dtype) * factor.to(self.leaf.dtype)
 
     def follow(self) -> None:
         """Round the leaf into the parameter; where they share memory there is nothing to do."""
@@ -46,8 +47,49 @@ class Master:
             target.copy_(self.leaf)
 
 
+class Unit:
+    """The masters of one layer, or of what is in no layer, and the optimisers that step them."""
+
+    def __init__(self, weight_decay: float) -> None:
+        self.masters: list[Master] = []
+        self.optimisers: list[torch.optim.Optimizer] = []
+        self._kinds: dict[str, list[Tensor]] = {"matrix": [], "decayed": [], "kept": []}
+        self._weight_decay = weight_decay
+
+    def add(self, kind: str, master: Master) -> None:
+        """Take one master of a kind: ``matrix``, ``decayed`` or ``kept``."""
+        self.masters.append(master)
+        self._kinds[kind].append(master.leaf)
+
+    def finish(self) -> None:
+        """Make the optimisers, once all masters are there."""
+        rates = {"decayed": self._weight_decay, "kept": 0.0}
+        groups = [
+            {"params": self._kinds[kind], "weight_decay": rate} for kind, rate in rates.items() if self._kinds[kind]
+        ]
+        if groups:
+            self.optimisers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+        if self._kinds["matrix"]:
+            muon = torch.optim.Muon(
+                self._kinds["matrix"], weight_decay=self._weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimisers.append(muon)
+
+    def step(self, learning_rate: float, factor: Tensor) -> None:
+        """Step on the gradients times a factor, and drop them."""
+        for master in self.masters:
+            master.take_gradient(factor)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+            optimiser.step()
+        for master in self.masters:
+            master.follow()
+            master.leaf.grad = None
+
+
 class Optimiser:
-    """Steps all parameters of a model.
+    """Steps all parameters of a model, a layer at a time, so that float32 gradients exist of one layer only.
 
     Parameters
     ----------
@@ -63,49 +105,45 @@ class Optimiser:
         if name not in OPTIMISERS:
             message = f"optimiser must be one of {', '.join(OPTIMISERS)}, got {name!r}; choose one"
             raise DomainError(message)
-        kinds: dict[str, list[Master]] = {"matrix": [], "decayed": [], "kept": []}
+        self._parameters = list(model.parameters())
+        units: dict[str, Unit] = {}
         for parameter_name, parameter in model.named_parameters():
+            layer = parameter_name.split(".")[2] if "layers." in parameter_name else ""
+            unit = units.setdefault(layer, Unit(weight_decay))
             kind = _kind(parameter_name, parameter, name)
-            kinds[kind] += _masters(parameter, split=kind == "matrix")
-        self.masters = [master for group in kinds.values() for master in group]
-        leaves = {kind: [master.leaf for master in group] for kind, group in kinds.items()}
-        adamw = [
-            {"params": leaves["decayed"], "weight_decay": weight_decay},
-            {"params": leaves["kept"], "weight_decay": 0.0},
-        ]
-        self._optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, betas=(0.9, 0.95))]
-        if leaves["matrix"]:
-            muon = torch.optim.Muon(leaves["matrix"], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self._optimisers.append(muon)
+            for master in _masters(parameter, split=kind == "matrix"):
+                unit.add(kind, master)
+        self.units = list(units.values())
+        for unit in self.units:
+            unit.finish()
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Make one step on the parameters' gradients, clipped together, and drop them; return their norm before."""
-        for master in self.masters:
-            master.take_gradient()
-        norm = torch.nn.utils.clip_grad_norm_([master.leaf for master in self.masters], max_norm)
-        for optimiser in self._optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate
-            optimiser.step()
-        for master in self.masters:
-            master.follow()
-            master.leaf.grad = master.parameter.grad = None
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        factor = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+        for unit in self.units:
+            unit.step(learning_rate, factor)
+        for parameter in self._parameters:
+            parameter.grad = None
         return float(norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a step depends on besides the parameters."""
         return {
-            "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
-            "masters": [master.leaf.detach() for master in self.masters],
+            "optimisers": [optimiser.state_dict() for unit in self.units for optimiser in unit.optimisers],
+            "masters": [master.leaf.detach() for unit in self.units for master in unit.masters],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of ``state_dict``."""
-        for optimiser, found in zip(self._optimisers, state["optimisers"], strict=True):
+        optimisers = [optimiser for unit in self.units for optimiser in unit.optimisers]
+        for optimiser, found in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(found)
-        for master, leaf in zip(self.masters, state["masters"], strict=True):
+        masters = [master for unit in self.units for master in unit.masters]
+        for master, leaf in zip(masters, state["masters"], strict=True):
             master.leaf.copy_(leaf)
             master.follow()
 

@@ -30,13 +30,13 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def palindrome(rng: np.random.Generator, rows: int, length: int) -> tuple[Array, Array]:
-    """Return tokens and targets ``[rows, length]``; symbols 0..63, separator 64."""
+    """Return tokens and targets ``[rows, length]``, or one less; symbols 0..63, separator 64."""
     half = length // 2
     text = rng.integers(0, NUM_SYMBOLS, (rows, half))
     whole = np.concatenate([text, np.full((rows, 1), NUM_SYMBOLS), text[:, ::-1]], 1)
     targets = np.full_like(whole[:, :-1], NO_TARGET)
     targets[:, half:] = whole[:, half + 1 :]
-    return whole[:, :length], targets[:, :length]
+    return whole[:, :-1], targets
 
 
 def recall(rng: np.random.Generator, rows: int, length: int) -> tuple[Array, Array]:
