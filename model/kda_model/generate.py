@@ -10,6 +10,7 @@ from kda_reference.errors import DomainError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.functional import linear
 
+from kda_model.decode_graph import DecodeGraph
 from kda_model.packing import Packing, pack
 from kda_model.sampling import Sampler, Sampling
 
@@ -36,6 +37,7 @@ def generate(
     cache: Cache | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     on_token: Callable[[int, int], None] | None = None,
+    graph: bool = False,
     progress: bool = False,
 ) -> list[list[int]]:
     """Continue prompts.
@@ -58,6 +60,8 @@ def generate(
         Most tokens of one sequence that are prefilled at once.
     on_token
         Called with the number of the sequence and the token, as soon as it is drawn.
+    graph
+        Whether steps are replayed from one CUDA graph; sequences that have ended are then decoded on, unheard.
     progress
         Whether a progress bar is shown.
 
@@ -70,6 +74,8 @@ def generate(
     ------
     DomainError
         If a prompt is empty, or a number is out of range.
+    DeviceError
+        If a graph is asked for and the model is not on a CUDA device.
     """
     for row, prompt in enumerate(prompts):
         if not prompt:
@@ -91,25 +97,38 @@ def generate(
         advance = _task(bar, "prefill", max(map(len, prompts)))
         logits = prefill(model, prompts, cache, prefill_chunk, advance)
         advance = _task(bar, "generate", max_new_tokens)
-        live, cache = list(range(len(prompts))), cache.fork()
+        decoder = _Decoder(model, cache.fork(), max_new_tokens if graph else None)
+        live = list(range(len(prompts)))
         while True:
-            drawn = sampler.draw(logits, live)
-            for row, token in zip(live, drawn, strict=True):
+            for row, token in zip(live, sampler.draw(logits, live), strict=True):
                 made[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
             advance(1)
-            going = [
-                place
-                for place, token in enumerate(drawn)
-                if token not in stop and len(made[live[place]]) < max_new_tokens
-            ]
-            if not going:
+            live = [row for row in live if made[row][-1] not in stop and len(made[row]) < max_new_tokens]
+            if not live:
                 return made
-            if len(going) < len(live):
-                live, cache = [live[place] for place in going], cache.fork(going)
-            tokens = torch.tensor([[made[row][-1]] for row in live], device=model.device)
-            logits = model(tokens, cache=cache)[:, 0]
+            logits = decoder.step([new[-1] for new in made], live)
+
+
+class _Decoder:
+    """Adds a token to each sequence that goes on; on a graph to all, since its shape is fixed."""
+
+    def __init__(self, model: KimiLinear, cache: Cache, graph_steps: int | None) -> None:
+        self.model, self.cache = model, cache
+        self.rows = list(range(cache.num_sequences))
+        self.graph = None if graph_steps is None else DecodeGraph(model, cache, graph_steps)
+
+    def step(self, tokens: list[int], live: list[int]) -> Tensor:
+        """Return the logits of the live rows; ``tokens`` holds the last one of every row."""
+        if self.graph is not None:
+            return self.graph.step(torch.tensor(tokens, device=self.model.device))[live]
+        if len(live) < len(self.rows):
+            self.cache = self.cache.fork([self.rows.index(row) for row in live])
+            self.rows = live
+        last = torch.tensor([[tokens[row]] for row in live], device=self.model.device)
+        logits: Tensor = self.model(last, cache=self.cache)
+        return logits[:, 0]
 
 
 @torch.no_grad()

@@ -68,4 +68,5 @@ class ShortConvolution(nn.Module):
         if known.shape[1] < self.weight.shape[-1]:
             return known[:, :0]
         weight = self.weight.to(known.dtype)
-        return conv1d(known.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
+        # Channels go back to the last axis in memory too: kernels read them side by side.
+        return conv1d(known.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2).contiguous()

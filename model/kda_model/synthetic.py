@@ -7,6 +7,7 @@ most of a GPU idle. A command that is given again takes up what is unfinished.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -52,7 +53,8 @@ def start(cell: Cell, out: Path, options: list[str]) -> None:
         sys.executable, "-m", "kda_model.train", cell.task, "--out", str(cell.folder(out)), "--length", str(cell.length),
         "--mixer", cell.mixer, "--seed", str(cell.seed), "--no-progress", *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603 - our own module
     if done.returncode:
         message = f"{cell.folder(out).name} failed:\n{done.stderr[-2000:]}"
         raise RuntimeError(message)

@@ -79,15 +79,18 @@ def components(model: KimiLinear, x_BTD: Tensor) -> dict[str, tuple[int, Callabl
     return found
 
 
-def measure(model: KimiLinear, optimiser: Optimiser, shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
-    """Return one row of the whole step and one of each component."""
+def measure(
+    model: KimiLinear, optimiser: Optimiser, shape: tuple[int, int], repeats: int, accumulate: int = 1
+) -> list[dict[str, Any]]:
+    """Return one row of the whole step, of ``accumulate`` batches ``[B, T]``, and one of each component."""
     device = model.device
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator, device=device)
     targets = tokens.roll(-1, 1)
 
     def step() -> None:
-        model.loss(tokens, targets, chunk=HEAD_CHUNK).backward()
+        for _ in range(accumulate):
+            (model.loss(tokens, targets, chunk=HEAD_CHUNK) / accumulate).backward()
         optimiser.step(1e-4, 1.0)
         model.balance_routers(1e-3)
 
@@ -96,7 +99,7 @@ def measure(model: KimiLinear, optimiser: Optimiser, shape: tuple[int, int], rep
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     rows: list[dict[str, Any]] = [{
         "kind": "throughput", "component": "step", "number": 1, "ms": step_ms, "share": 1.0, "spread_ms": max(whole) - min(whole),
-        "tokens_per_second": tokens.numel() / step_ms * 1e3, "peak_bytes": peak,
+        "tokens_per_second": accumulate * tokens.numel() / step_ms * 1e3, "peak_bytes": peak,
     }]  # fmt: skip
     x_BTD = (
         torch.randn(*shape, model.config.hidden_size, generator=generator, device=device)
@@ -106,7 +109,9 @@ def measure(model: KimiLinear, optimiser: Optimiser, shape: tuple[int, int], rep
     for name, (number, forward) in track(components(model, x_BTD).items(), "components", transient=True):
         # With recomputation the forward pass runs twice.
         again = forward if model.recompute and name != "head and loss" else None
-        rows.append(_component(name, number, timed(partial(_both_ways, forward, again), device, repeats), step_ms))
+        rows.append(
+            _component(name, accumulate * number, timed(partial(_both_ways, forward, again), device, repeats), step_ms)
+        )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
@@ -153,6 +158,7 @@ def throughput(
     optimiser: Annotated[str, typer.Option(help="adamw or muon")] = "muon",
     precision: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     recompute: Annotated[bool, typer.Option(help="compute activations again for the gradient")] = True,  # noqa: FBT002 - an option
+    accumulate: Annotated[int, typer.Option(help="batches of a step")] = 1,
     repeats: int = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one")] = "",
 ) -> None:
@@ -164,14 +170,16 @@ def throughput(
         made = KimiLinear(config, chosen).cast(getattr(torch, precision))
     initialise(made, 0).train()
     made.recompute = recompute
-    found = measure(made, Optimiser(made, optimiser), (rows, length), repeats)
+    found = measure(made, Optimiser(made, optimiser), (rows, length), repeats, accumulate)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     labels = {
-        "model": model, "mixer": mixer, "rows": rows, "length": length, "optimiser": optimiser, "precision": precision,
-        "recompute": recompute, "device": name, "torch": torch.__version__, "operator": chosen.name,
+        "model": model, "mixer": mixer, "rows": rows, "length": length, "accumulate": accumulate, "optimiser": optimiser,
+        "precision": precision, "recompute": recompute, "device": name, "torch": torch.__version__, "operator": chosen.name,
         "parameters": sum(parameter.numel() for parameter in made.parameters()),
     }  # fmt: skip
-    shown = Table(title=f"{model}, {mixer}, {rows} x {length} tokens: {found[0]['tokens_per_second']:.0f} tokens/s")
+    shown = Table(
+        title=f"{model}, {mixer}, {accumulate} x {rows} x {length} tokens: {found[0]['tokens_per_second']:.0f} tokens/s"
+    )
     for title in ("component", "number", "ms", "share"):
         shown.add_column(title, justify="right")
     for row in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from model_budget import judge
 from model_cases import evaluate, made, package, truth
 from model_laws import LAWS
@@ -19,7 +20,11 @@ def test_model_obeys(law: str) -> None:
 @pytest.mark.parametrize("preset", ["tiny", "tiny-grouped-values"])
 def test_model_is_in_budget_on(operator: str, preset: str, record_property: Any) -> None:
     kda, (expected, tokens) = package(), truth(preset)
-    verdict = judge(evaluate(kda, made(kda, kda.preset(preset), operator=operator), tokens, expected.routing), expected)
+    device = "cuda" if operator == "triton" and torch.cuda.is_available() else "cpu"
+    model = made(kda, kda.preset(preset), operator=operator).to(device)
+    forced = {layer: indices.to(device) for layer, indices in expected.routing.items()}
+    found = {name: x.cpu() for name, x in evaluate(kda, model, tokens.to(device), forced).items()}
+    verdict = judge(found, expected)
     record_property("score", verdict.score)
     record_property("tie_margin", expected.margin)
     assert verdict.score <= 1, verdict

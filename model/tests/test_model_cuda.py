@@ -1,0 +1,108 @@
+"""On a GPU: decoding as a graph is decoding, the grouped product is the loop, and bfloat16 stays near float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_cases import made, package, random_tokens
+
+DISTANCE = 0.1  # relative, in norm: some tens of roundings to bfloat16, one behind the other
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def model() -> Any:
+    """Return a model of widths that tensor cores take, on the GPU, in bfloat16, on the Triton kernels."""
+    kda = package()
+    config = kda.preset("tiny").replace(
+        hidden_size=128,
+        kda_head_width=64,
+        latent_rank=64,
+        key_width=32,
+        shared_key_width=32,
+        value_width=32,
+        expert_width=64,
+    )
+    found = made(kda, config, operator="triton")
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if parameter.dim() > 1 and "A_log" not in name:
+                parameter.div_(3)
+    return found.cast(torch.bfloat16).cuda()
+
+
+def test_replayed_steps_are_the_steps_of_the_model(model: Any) -> None:
+    """Bit for bit over a page's end, lengths differing by row, and with a second graph on what the first has left."""
+    kda = package()
+    prompts = [random_tokens(n, seed=n).tolist() for n in (60, 5, 130)]
+    with torch.no_grad():
+        cache = model.new_cache(3)
+        logits = kda.generate.prefill(model, prompts, cache)
+        other = cache.fork()
+        for capacity in (7, 3):
+            graph = kda.decode_graph.DecodeGraph(model, cache, capacity)
+            other.reserve(capacity)  # as wide a table, so that sums have one order
+            for _ in range(capacity):
+                tokens = logits.argmax(-1)
+                expected = model(tokens[:, None], cache=other)[:, 0]
+                logits = graph.step(tokens).clone()
+                assert torch.equal(logits, expected)
+                assert cache.lengths == other.lengths == cache.device_lengths.tolist()
+            with pytest.raises(ValueError, match="capacity"):
+                graph.step(tokens)
+
+
+def test_generation_with_a_graph_is_generation(model: Any) -> None:
+    kda = package()
+    model.cast(torch.float32)  # in which no two tokens are tied
+    prompts = [random_tokens(n, seed=n).tolist() for n in (60, 5, 130)]
+    plain = kda.generate.generate(model, prompts, max_new_tokens=20)
+    assert kda.generate.generate(model, prompts, max_new_tokens=20, graph=True) == plain
+    stop = {plain[1][4]}
+    assert kda.generate.generate(model, prompts, max_new_tokens=20, graph=True, stop=stop) == kda.generate.generate(
+        model, prompts, max_new_tokens=20, stop=stop
+    )
+
+
+def test_grouped_product_is_the_loop_over_experts(model: Any) -> None:
+    """Forward and backward; both round to bfloat16, so they agree to some of its units."""
+    experts = next(module for module in model.modules() if type(module).__name__ == "Experts")
+    generator = torch.Generator("cuda").manual_seed(0)
+    chosen = torch.randint(0, 7, (300,), generator=generator, device="cuda").sort().values
+    x = torch.randn(300, 128, generator=generator, device="cuda").bfloat16().requires_grad_()
+    upstream = torch.randn(300, 128, generator=generator, device="cuda").bfloat16()
+    results = []
+    for form in (experts._one_by_one, experts._grouped):
+        y = form(x, chosen)
+        results.append([y, *torch.autograd.grad((y * upstream).sum(), [x, *experts.parameters()])])
+    for found, expected in zip(*results, strict=True):
+        assert bool(found.isfinite().all())
+        assert float((found - expected).float().norm()) <= 2.0**-6 * float(expected.float().norm())
+
+
+def test_bfloat16_on_the_kernels_is_near_float32_on_torch(model: Any) -> None:
+    """Logits and every gradient, with the same experts: no budget, but a wrong call of a kernel is far outside."""
+    kda = package()
+    tokens = random_tokens(2, 150).cuda()
+    plain = kda.KimiLinear(model.config, "torch").cuda().eval()
+    plain.load_state_dict(model.state_dict())
+    for router in model.routers():
+        router.forced = None
+    with torch.no_grad():
+        model(tokens)
+    routing = [router.last.indices for router in model.routers()]
+    logits, gradients = [], []
+    for one in (model, plain):
+        for router, indices in zip(one.routers(), routing, strict=True):
+            router.forced = indices
+        one.zero_grad()
+        out = one(tokens)
+        out.float().square().mean().backward()
+        logits.append(out.detach().float())
+        gradients.append({name: parameter.grad.float() for name, parameter in one.named_parameters()})
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < DISTANCE
+    for name, found in gradients[0].items():
+        expected = gradients[1][name]
+        assert float((found - expected).norm() / expected.norm().clamp_min(1e-20)) < DISTANCE, name
