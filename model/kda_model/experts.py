@@ -124,7 +124,7 @@ class Experts(nn.Module):
         x = x_TD[order // num_chosen]
         if x.is_cuda and x.dtype == torch.bfloat16:
             y = self._grouped(x, flat[order])
-        elif x.is_cuda and x.shape[0] <= FEW_ROWS:
+        elif x.is_cuda and (x.shape[0] <= FEW_ROWS or torch.cuda.is_current_stream_capturing()):
             y = self._gathered(x, flat[order])
         else:
             y = self._one_by_one(x, flat[order])

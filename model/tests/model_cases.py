@@ -7,6 +7,7 @@ import pkgutil
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import kda_optimized  # noqa: F401 - chooses Triton's mode, before anything else loads Triton
 import pytest
 import torch
 from model_budget import Truth, establish
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Scripts that run when imported are no modules of the package's interface.
 SCRIPTS = ("__main__",)
+F64 = torch.float64
 
 
 def package() -> ModuleType:
