@@ -86,7 +86,7 @@ def _chunkwise(
     v: Tensor,
     g: Tensor,
     beta: Tensor,
-    **options: Any,  # noqa: ANN401 - as above
+    **options: Any,  # noqa: ANN401 - the contract's
 ) -> tuple[Tensor, Tensor | None]:
     """Run the chunkwise form in float32, or float64 for float64 inputs, with chunks no longer than the call."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

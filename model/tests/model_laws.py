@@ -42,6 +42,7 @@ LAWS: dict[str, Callable[[Any], None]] = {
         layers.switches_change_what_they_name,
         layers.operators_are_exchangeable,
         sequences.forks_and_marks_keep_what_they_had,
+        sequences.decode_steps_depend_on_the_device_alone,
         sequences.failed_calls_leave_the_cache_as_it_was,
         sequences.generated_tokens_are_those_of_the_whole_model,
         sequences.drawn_tokens_do_not_depend_on_neighbours,

@@ -170,6 +170,21 @@ def forks_and_marks_keep_what_they_had(kda: Any) -> None:
         assert not any(cache.pages.users)
 
 
+def decode_steps_depend_on_the_device_alone(kda: Any) -> None:
+    """What a CUDA graph repeats is a step as the host saw it once: with the host's counts left behind, steps stay right."""
+    model, tokens = made(kda, kda.preset("tiny"), dtype=F64), random_tokens(2, 14)
+    with torch.no_grad():
+        whole, cache = model(tokens), model.new_cache(2, page_len=4)
+        model(tokens[:, :3], cache=cache)
+        cache.reserve(11)
+        table = cache.table
+        for t in range(3, 14):
+            cache.lengths = [3, 3]
+            close(model(tokens[:, t : t + 1], cache=cache), whole[:, t : t + 1])
+        assert cache.table is table
+        assert cache.device_lengths.tolist() == [14, 14]
+
+
 def failed_calls_leave_the_cache_as_it_was(kda: Any) -> None:
     model, tokens = made(kda, kda.preset("tiny"), dtype=F64), random_tokens(2, 8)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_budget import judge
+from model_budget import judge, score
 from model_cases import evaluate, made, package, truth
 from model_laws import LAWS
 
@@ -14,6 +14,18 @@ from model_laws import LAWS
 @pytest.mark.parametrize("law", LAWS)
 def test_model_obeys(law: str) -> None:
     LAWS[law](package())
+
+
+@pytest.mark.parametrize("operator", ["torch", "triton"])
+def test_decoding_is_in_budget_on(operator: str) -> None:
+    """Token by token, unforced: the recurrent kernel and the absorbed attention, in float32."""
+    kda, (expected, tokens) = package(), truth("tiny")
+    device = "cuda" if operator == "triton" and torch.cuda.is_available() else "cpu"
+    model = made(kda, kda.preset("tiny"), operator=operator).to(device)
+    with torch.no_grad():
+        cache = model.new_cache(2, page_len=8)
+        steps = [model(tokens[:, t : t + 1].to(device), cache=cache) for t in range(tokens.shape[1])]
+    assert score(torch.cat(steps, 1).cpu(), expected.budgets["logits"]) <= 1
 
 
 @pytest.mark.parametrize("operator", ["triton", "reference"])
