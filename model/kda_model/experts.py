@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import grouped_mm, linear, silu
+from torch.nn import functional
+from torch.nn.functional import linear, silu
 
 from kda_model.norms import at_least_float32
 
@@ -156,11 +157,13 @@ class Experts(nn.Module):
         ends = padded.cumsum(0)
         shift = (ends - padded) - (counts.cumsum(0) - counts)
         place = torch.arange(x.shape[0], device=x.device) + shift[expert]
-        spread = x.new_zeros(x.shape[0] + experts * (GROUP_ALIGNMENT - 1), x.shape[1]).index_copy(0, place, x)
+        # Room for every group's padding, and for a row behind the last group, which the product wants.
+        room = (x.shape[0] // GROUP_ALIGNMENT + experts + 1) * GROUP_ALIGNMENT
+        spread = x.new_zeros(room, x.shape[1]).index_copy(0, place, x)
         offsets = ends.to(torch.int32)
         w1, w3, w2 = (w.transpose(-1, -2) for w in (self.w1, self.w3, self.w2))
-        hidden = silu(grouped_mm(spread, w1, offs=offsets)) * grouped_mm(spread, w3, offs=offsets)
-        y: Tensor = grouped_mm(hidden, w2, offs=offsets)
+        hidden = silu(functional.grouped_mm(spread, w1, offs=offsets)) * functional.grouped_mm(spread, w3, offs=offsets)
+        y: Tensor = functional.grouped_mm(hidden, w2, offs=offsets)
         return y[place]
 
 
