@@ -86,7 +86,7 @@ class Cache:
         width = config.latent_rank + config.shared_key_width
         self.pages = LatentPages(len(self._full), page_len, width, dtype, device) if pages is None else pages
         self.tables: list[list[int]] = [[] for _ in range(num_sequences)]
-        weakref.finalize(self, _release, self.pages, self.tables)
+        weakref.finalize(self, _release, self.pages, self.tables).atexit = False
         self.device_lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         self.table = torch.zeros(num_sequences, 0, dtype=torch.int64, device=device)
         self.memories = {

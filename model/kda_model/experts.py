@@ -55,7 +55,7 @@ class Router(nn.Module):
     forced
         Experts ``[T, k]`` to take instead of the chosen ones, for comparisons across a tie; ``None`` means to choose.
     last
-        The routing of the last call.
+        The routing of the last call, without its gradient.
     load
         Tokens that each expert was given since the last ``balance``, while training.
     recomputing
@@ -84,10 +84,11 @@ class Router(nn.Module):
         weights = scores.gather(-1, indices)
         if config.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        self.last = Routing(indices, config.routed_scaling_factor * weights)
+        weights = config.routed_scaling_factor * weights
+        self.last = Routing(indices, weights.detach())
         if self.training and not self.recomputing:
             self.load.scatter_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
-        return self.last
+        return Routing(indices, weights)
 
     def _choose(self, scores: Tensor) -> Tensor:
         config = self.config

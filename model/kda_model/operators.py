@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -108,6 +109,7 @@ def _reference(
     return o.to(v.dtype), state.to(state_dtype) if options.get("output_final_state") else None
 
 
+@cache
 def _load(which: str) -> KdaFunction:
     place, _, name = which.rpartition(":")
     if not place or not name:
