@@ -185,6 +185,22 @@ def test_misuse_is_refused() -> None:
         model(tokens, cache=model.new_cache(3))
 
 
+@pytest.mark.parametrize("operator", ["torch", "triton", "reference"])
+def test_calls_may_have_no_tokens(operator: str) -> None:
+    device = torch.device("cuda" if operator == "triton" and torch.cuda.is_available() else "cpu")
+    model = made(package(), preset("tiny"), operator=operator).to(device)
+    nothing, something = torch.zeros(2, 0, dtype=torch.int64, device=device), random_tokens(2, 1).to(device)
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        assert model(nothing).shape == model(nothing, cache=cache).shape == (2, 0, 64)
+        tokens, packing = pack([[], []], device)
+        assert model(tokens, packing, cache).shape == (1, 0, 64)
+        assert cache.lengths == [0, 0]
+        torch.testing.assert_close(
+            model(random_tokens(2, 1), cache=cache), model(random_tokens(2, 1)), rtol=1e-3, atol=1e-4
+        )
+
+
 def test_packing_from_offsets_is_packing_from_lengths() -> None:
     packing = Packing.from_cu_seqlens(torch.tensor([0, 3, 3, 5]))
     assert packing.lengths == (3, 0, 2)

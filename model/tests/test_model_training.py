@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +22,6 @@ from kda_model.training.run import ROWS, Run
 from kda_model.training.tasks import TASKS, SyntheticTask
 from kda_model.training.text import BEGIN, END, ByteText, read_documents
 from kda_reference.errors import DomainError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CPU = torch.device("cpu")
 RECALL = Recipe(
@@ -267,6 +265,18 @@ def test_cache_table_counts_the_bytes_of_a_cache() -> None:
     assert released[2**20] == pytest.approx(20 / 27, abs=0.002)
     ladder = cache_rows(preset("1.7b"), "1.7b")
     assert float(str(ladder[-1]["saved"])) == pytest.approx(0.75, abs=0.002)
+
+
+def test_cache_table_of_the_page_is_what_the_command_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "model.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| (-?[\d.]+) % \| (-?[\d.]+) % \|$", page, re.MULTILINE)
+    ladder = {row["length"]: row for row in cache_rows(preset("1.7b"), "1.7b")}
+    expected = [
+        (str(row["length"]), f"{float(str(row['bytes'])) / 1e6:.1f}", f"{float(str(row['full_attention_bytes'])) / 1e6:.1f}",
+         f"{100 * float(str(row['saved'])):.1f}", f"{100 * float(str(ladder[row['length']]['saved'])):.1f}")
+        for row in cache_rows(preset("48b-a3b"), "48b-a3b")
+    ]  # fmt: skip
+    assert shown == expected
 
 
 @pytest.mark.parametrize(
