@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,7 @@ class RMSNorm(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Normalise, and stay in float32."""
-        wide = at_least_float32(x)
-        return at_least_float32(self.weight) * (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt())
+        return rms_norm(at_least_float32(x), self.weight.shape, at_least_float32(self.weight), self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
