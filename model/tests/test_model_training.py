@@ -63,11 +63,11 @@ def test_recall_is_learned(tmp_path: Path) -> None:
 
 
 def test_bytes_are_learned_with_muon_experts_and_recomputation(tmp_path: Path) -> None:
-    """In 60 steps, from log 258 = 5.55 to less than 1 on three sentences."""
+    """In 30 steps, from log 258 = 5.55 to less than 0.5 on three sentences."""
     text = tmp_path / "text.txt"
     text.write_bytes(b"the state decays and is corrected.\n\na key reads what it wrote.\n\nmemory is finite.\n")
     recipe = Recipe(
-        data=str(text), length=32, rows=8, model="tiny", steps=60, learning_rate=1e-2, warmup=5, optimiser="muon",
+        data=str(text), length=32, rows=4, model="tiny", steps=30, learning_rate=2e-2, warmup=5, optimiser="muon",
         recompute=True, operator="torch", precision="bfloat16",
     )  # fmt: skip
     run = Run(recipe, tmp_path / "run")
@@ -75,7 +75,7 @@ def test_bytes_are_learned_with_muon_experts_and_recomputation(tmp_path: Path) -
     run.train(log_every=1)
     rows = rows_of(tmp_path / "run")
     assert float(str(rows[1]["loss"])) > 5
-    assert float(str(rows[-1]["loss"])) < 1
+    assert float(str(rows[-1]["loss"])) < 0.5
     assert run.model.dtype == torch.bfloat16
     assert all(
         not torch.equal(before, router.e_score_correction_bias)
