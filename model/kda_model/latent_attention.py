@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kda_model.norms import RMSNorm, at_least_float32
@@ -116,7 +117,8 @@ class LatentAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (torch.cat(query, -1), key, value))
         if num_tokens == num_known:
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
-        seen = torch.ones(num_tokens, num_known, dtype=torch.bool, device=q.device).tril(num_known - num_tokens)
+        # A mask by rule, which no kernel has to read: one of a long text would be larger than its latents.
+        seen = causal_lower_right(num_tokens, num_known)
         return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale).transpose(1, 2)
 
     def _absorbed(self, query: Query, known: Tensor, seen: Tensor) -> Tensor:

@@ -106,3 +106,15 @@ def test_bfloat16_on_the_kernels_is_near_float32_on_torch(model: Any) -> None:
     for name, found in gradients[0].items():
         expected = gradients[1][name]
         assert float((found - expected).norm() / expected.norm().clamp_min(1e-20)) < DISTANCE, name
+
+
+def test_prefill_in_chunks_is_prefill(model: Any) -> None:
+    """In float32, where the attention over earlier tokens takes another kernel than that of a whole text."""
+    kda = package()
+    model.cast(torch.float32)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (300, 5, 130)]
+    with torch.no_grad():
+        whole = torch.stack([model(torch.tensor([prompt], device="cuda"))[0, -1] for prompt in prompts])
+        for chunk in (48, 128):
+            found = kda.generate.prefill(model, prompts, model.new_cache(3), chunk)
+            assert float((found - whole).norm() / whole.norm()) < 1e-4
