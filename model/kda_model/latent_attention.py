@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kda_model.norms import RMSNorm, at_least_float32
@@ -118,6 +117,8 @@ class LatentAttention(nn.Module):
         if num_tokens == num_known:
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
         # A mask by rule, which no kernel has to read: one of a long text would be larger than its latents.
+        from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415 - loads torch's compiler, which few need
+
         seen = causal_lower_right(num_tokens, num_known)
         return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale).transpose(1, 2)
 
