@@ -30,12 +30,6 @@ def exp(b_x):
 
 
 @triton.jit
-def inverse_norm(b_x):
-    """Return ``1 / sqrt(sum x^2 + 1e-6)`` over the last axis of ``[R, BK]``, ``[R]``."""
-    return 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) + L2NORM_EPSILON)
-
-
-@triton.jit
 def sigmoid(b_x):
     """Return ``1 / (1 + exp(-x))`` with full relative accuracy on both sides."""
     b_e = exp(-tl.abs(b_x))
@@ -56,8 +50,7 @@ def log1p_ratio(b_y):
     b_p = b_p * b_y - 0.2483539879322052
     b_p = b_p * b_y + 0.3331812024116516
     b_p = b_p * b_y - 0.4999944567680359
-    b_p = b_p * b_y + 0.9999999403953552
-    return b_p
+    return b_p * b_y + 0.9999999403953552
 
 
 @triton.jit

@@ -63,7 +63,9 @@ def kda_chunk_bwd_states_kernel(
         p_decay = decay + i_cg * (2 * BK) + o_k
         b_S = b_S * tl.load(p_decay)[:, None]
         b_v = load_tile(v, i_b, i_g, t_0 + t_c, o_t, o_v, m_tv, stride_vb, stride_vt, stride_vh, stride_vv)  # [BT, BV]
-        b_u = b_v - product_columns(tl.load(k_rows + p_tk + o_tk), b_S, EXACT) * tl.load(p_token + K_SCALE * BT)[:, None]
+        b_u = (
+            b_v - product_columns(tl.load(k_rows + p_tk + o_tk), b_S, EXACT) * tl.load(p_token + K_SCALE * BT)[:, None]
+        )
         b_e = product_planes(solve + p_tt, b_u, o_tt, PLANE, EXACT)
         tl.store(errors + i_cg * (BT * V) + o_tv, b_e, mask=m_v[None, :])
         b_w = b_e * (tl.load(p_token + BETA * BT) * tl.load(p_token + REST_SCALE * BT))[:, None]

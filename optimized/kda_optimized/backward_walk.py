@@ -18,7 +18,8 @@ from kda_optimized.products import product_columns, product_planes
 
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_bwd_walk_kernel(
-    q_rows, k_rows, rest_rows, tokens, scores, pull, decay, do, dfinal_state, dv, dinitial_state, dstates, pulled, cu_seqlens, chunk_offsets,
+    q_rows, k_rows, rest_rows, tokens, scores, pull, decay, do, dfinal_state, dv, dinitial_state, dstates, pulled,
+    cu_seqlens, chunk_offsets,
     stride_ob, stride_ot, stride_oh, stride_ov, stride_fn, stride_fg, stride_fk, stride_fv,
     stride_in, stride_ig, stride_ik, stride_iv, T,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
@@ -59,7 +60,9 @@ def kda_chunk_bwd_walk_kernel(
         p_token = tokens + i_cg * (TOKEN_ROWS * BT) + o_t
         tl.store(dstates + i_cg * (K * V) + o_kv, b_dS, mask=m_kv)
 
-        b_dw = product_columns(tl.load(rest_rows + p_tk + o_tk), b_dS, EXACT) * tl.load(p_token + REST_SCALE * BT)[:, None]
+        b_dw = (
+            product_columns(tl.load(rest_rows + p_tk + o_tk), b_dS, EXACT) * tl.load(p_token + REST_SCALE * BT)[:, None]
+        )
         if HAS_DO:
             b_do = load_tile(
                 do, i_b, i_g, t_0 + t_c, o_t, o_v, m_tv, stride_ob, stride_ot, stride_oh, stride_ov

@@ -90,7 +90,9 @@ class Call:
     def schedule(self) -> Schedule:
         """Return the chunks of the call."""
         width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
-        return schedule(self.inputs, chunk_length(min(self.inputs.chunk_size, self.most_tokens), 4 if self.exact else 2, width))
+        return schedule(
+            self.inputs, chunk_length(min(self.inputs.chunk_size, self.most_tokens), 4 if self.exact else 2, width)
+        )
 
     @cached_property
     def segments(self) -> Segments | None:
@@ -189,7 +191,13 @@ def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     tables = {
         "cu_seqlens": pieces.cu_seqlens, "chunk_offsets": pieces.chunk_offsets, "initial_state": None, "HAS_INITIAL": False,
     }  # fmt: skip
-    _walk(call, done, {**tables, "V": k, "IDENTITY": True, "HAS_VALUES": False}, final_state=maps, programs=pieces.num_segments)
+    _walk(
+        call,
+        done,
+        {**tables, "V": k, "IDENTITY": True, "HAS_VALUES": False},
+        final_state=maps,
+        programs=pieces.num_segments,
+    )
     _walk(call, done, tables, final_state=shifts, programs=pieces.num_segments)
     arguments = {
         **call.pick("G", "K", "V"), "maps": maps, "shifts": shifts, "starts": starts, "first_segments": pieces.first_segments,

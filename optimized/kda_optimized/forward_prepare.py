@@ -39,7 +39,15 @@ from kda_optimized.chunks import (
     sum_decays,
     tokens_between,
 )
-from kda_optimized.products import LOG2_OF_RAISE, TF32_RAISE, half_scale, pair_product, product_split, split, store_planes
+from kda_optimized.products import (
+    LOG2_OF_RAISE,
+    TF32_RAISE,
+    half_scale,
+    pair_product,
+    product_split,
+    split,
+    store_planes,
+)
 
 STRIP = tl.constexpr(16)
 STRIP_LEVELS = tl.constexpr(4)

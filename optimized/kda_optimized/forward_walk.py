@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kda_optimized.chunks import K_SCALE, Q_SCALE, TOKEN_ROWS, locate_sequence
-from kda_optimized.products import dot_split, half_rows, split
+from kda_optimized.products import dot_split, scaled_rows, split
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,7 +100,7 @@ def kda_chunk_fwd_walk_kernel(
             b_S += tl.dot(b_u, b_kw, input_precision="ieee")
         else:
             b_kwl = tl.load(rest_rows + i_cg * (PLANES * BT * BK) + BT * BK + o_tk)
-            b_h, b_s = half_rows(b_S)
+            b_h, b_s = scaled_rows(b_S)
             b_u = b_vT.to(tl.float32) - tl.dot(b_h, tl.trans(b_k)) * b_s[:, None] * b_ks[None, :]
             if HAS_OUTPUT:
                 b_Pl = tl.load(scores + i_cg * (PLANES * PLANE) + PLANE + o_tt)

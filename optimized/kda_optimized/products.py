@@ -48,20 +48,6 @@ def unit_rows(b_x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def scaled_rows(b_x):
-    """Return ``x`` ``[R, C]`` in float16 with each row divided by a power of two, and those powers ``[R]``."""
-    b_s, b_r = power_of_two(tl.max(tl.abs(b_x), axis=1))
-    return (b_x * b_r[:, None]).to(tl.float16), b_s
-
-
-@triton.jit
-def scaled_columns(b_x):
-    """Return ``x`` ``[R, C]`` in float16 with each column divided by a power of two, and those powers ``[C]``."""
-    b_s, b_r = power_of_two(tl.max(tl.abs(b_x), axis=0))
-    return (b_x * b_r[None, :]).to(tl.float16), b_s
-
-
-@triton.jit
 def half_scale(b_x):
     """Return powers of two ``s`` and ``1 / s`` such that ``x / s`` lies in ``[2^14, 2^15)``, for ``x >= 0`` not below ``2^-112``."""
     b_e = tl.minimum(b_x.to(tl.int32, bitcast=True) & EXPONENT_BITS, BITS_OF_LARGEST)
@@ -70,18 +56,25 @@ def half_scale(b_x):
 
 
 @triton.jit
-def half_rows(b_x):
+def scaled_rows(b_x):
     """Return ``x`` ``[R, C]`` in float16 with each row divided by a power of two, and those powers ``[R]``."""
     b_s, b_r = half_scale(tl.max(tl.abs(b_x), axis=1))
     return (b_x * b_r[:, None]).to(tl.float16), b_s
 
 
 @triton.jit
+def scaled_columns(b_x):
+    """Return ``x`` ``[R, C]`` in float16 with each column divided by a power of two, and those powers ``[C]``."""
+    b_s, b_r = half_scale(tl.max(tl.abs(b_x), axis=0))
+    return (b_x * b_r[None, :]).to(tl.float16), b_s
+
+
+@triton.jit
 def pair_product(b_a, b_b, EXACT: tl.constexpr):
     """Return ``a b^T`` of each of several pairs of float32 tiles ``[B, M, C]`` and ``[B, N, C]``, in tf32 unless ``EXACT``.
 
-    Tensor cores cut tf32 operands off at 11 bits. Multiplied by ``TF32_RAISE`` first, they err neither up nor down in the mean over a binade,
-    hardly more than rounded ones, and what has 11 bits stays as it is. Unlike float16, tf32 has the range of float32.
+    Tensor cores cut tf32 operands off at 11 bits. Multiplied by ``TF32_RAISE`` first, they err neither up nor down in the mean over a
+    binade, hardly more than rounded ones, and what has 11 bits stays as it is. Unlike float16, tf32 has the range of float32.
     """
     if EXACT:
         b_o = tl.dot(b_a, tl.permute(b_b, (0, 2, 1)), input_precision="ieee")

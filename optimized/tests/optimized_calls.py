@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+OUTPUT_LIMIT = {torch.bfloat16: 2.5e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+STATE_LIMIT = {torch.bfloat16: 1.5e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 
 
 class Calls:

@@ -13,13 +13,11 @@ import pytest
 import torch
 from kda_reference.adjoint import recurrent_kda_vjp
 from kda_reference.recurrence import recurrent_kda
-from optimized_calls import DEVICE, Calls, differentiate, evaluate, relative_error, state_of
+from optimized_calls import DEVICE, OUTPUT_LIMIT, STATE_LIMIT, Calls, differentiate, evaluate, relative_error, state_of
 
 if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
 
-OUTPUT_LIMIT = {torch.bfloat16: 2.5e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-STATE_LIMIT = {torch.bfloat16: 1.5e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 
 

@@ -1,0 +1,79 @@
+"""A sequence cut into segments, walked side by side and joined by their affine maps, is the sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from kda_optimized.launch import recorded
+from kda_optimized.launch_config import Table, architecture, table, using
+from kda_optimized.packing import segments
+from optimized_calls import DEVICE, OUTPUT_LIMIT, STATE_LIMIT, Calls, evaluate, relative_error, state_of
+
+if TYPE_CHECKING:
+    from kda_reference.contract import KdaInputs
+
+WALK = "kda_chunk_fwd_walk_kernel"
+
+
+def in_pieces(programs: int) -> Table:
+    """Return the launch table with sequences cut until there are ``programs`` programs; 0 never cuts."""
+    rules = table(architecture(torch.device(DEVICE)))
+    return rules | {WALK: [rule | {"programs": programs, "least_chunks": 1} for rule in rules[WALK]]}
+
+
+def whole_and_packed(calls: Calls, dtype: torch.dtype) -> list[tuple[KdaInputs, int]]:
+    """Return calls with and without packing, states and empty sequences, and how many programs to ask for."""
+    whole = calls(dtype=dtype, T=150, V=24, initial_state=calls.normal(1, 1, 16, 24), output_final_state=True)
+    offsets = torch.tensor([0, 1, 1, 70, 150], device=DEVICE)
+    return [(whole, 14), (whole.replace(cu_seqlens=offsets, initial_state=None), 40)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_segments_give_what_the_whole_sequence_gives(calls: Calls, dtype: torch.dtype) -> None:
+    for case, programs in whole_and_packed(calls, dtype):
+        with using(in_pieces(0)):
+            whole = evaluate(case)
+        with using(in_pieces(programs)):
+            cut = evaluate(case)
+        assert relative_error(cut.o, whole.o) < OUTPUT_LIMIT[dtype]
+        assert relative_error(state_of(cut), state_of(whole)) < STATE_LIMIT[dtype]
+
+
+def test_a_cut_sequence_is_walked_three_times_and_a_whole_one_once(calls: Calls) -> None:
+    for case, programs in whole_and_packed(calls, torch.bfloat16):
+        for wanted, walks in ((programs, 3), (0, 1)):
+            with using(in_pieces(wanted)), recorded() as launches:
+                evaluate(case)
+            assert [launch.name for launch in launches].count(WALK) == walks
+
+
+def test_a_later_token_changes_no_bit_before_it_across_segments(calls: Calls) -> None:
+    case, programs = whole_and_packed(calls, torch.bfloat16)[0]
+    for token in (40, 64, 70):
+        later = case.g.clone()
+        later[:, token:] = -3.0
+        with using(in_pieces(programs)):
+            one, two = evaluate(case), evaluate(case.replace(g=later))
+        assert torch.equal(one.o[:, :token], two.o[:, :token])
+        assert not torch.equal(one.o[:, token:], two.o[:, token:])
+
+
+@pytest.mark.parametrize("most_chunks", [1, 2, 3, 100])
+def test_segments_cover_every_chunk_once_and_in_order(calls: Calls, most_chunks: int) -> None:
+    lengths = [0, 1, 16, 0, 17, 160]
+    offsets = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], device=DEVICE)
+    pieces = segments(calls(T=sum(lengths)).replace(cu_seqlens=offsets), 16, most_chunks)
+    starts = pieces.cu_seqlens.tolist()
+    assert starts[-1] == sum(lengths)
+    assert pieces.num_segments == len(starts) - 1 == pieces.first_segments[-1]
+    before = 0
+    for i, length in enumerate(lengths):
+        mine = range(pieces.first_segments[i], pieces.first_segments[i + 1])
+        assert len(mine) == -(-(-(-length // 16)) // most_chunks)
+        for piece in mine:
+            assert (starts[piece] - offsets[i]) % 16 == 0
+            assert pieces.chunk_offsets[piece] == before + (starts[piece] - offsets[i]) // 16
+            assert 0 < -(-(starts[piece + 1] - starts[piece]) // 16) <= most_chunks
+        before += -(-length // 16)
