@@ -199,14 +199,14 @@ def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
         programs=pieces.num_segments,
     )
     _walk(call, done, tables, final_state=shifts, programs=pieces.num_segments)
+    bv = tile(call.config(kda_chunk_fwd_segments_kernel).block_v, v)
     arguments = {
         **call.pick("G", "K", "V"), "maps": maps, "shifts": shifts, "starts": starts, "first_segments": pieces.first_segments,
         "initial_state": inputs.initial_state, **call.state_strides("i", inputs.initial_state),
         "HAS_INITIAL": inputs.initial_state is not None, "final_state": final, **call.state_strides("f", final),
-        "HAS_FINAL": final is not None, "BK": padded(k), "BV": tile(call.config(kda_chunk_fwd_segments_kernel).block_v, v),
-        "EXACT": call.exact,
+        "HAS_FINAL": final is not None, "BK": padded(k), "BV": bv, "EXACT": call.exact,
     }  # fmt: skip
-    call.start(kda_chunk_fwd_segments_kernel, _value_programs(call, arguments["BV"]), arguments)
+    call.start(kda_chunk_fwd_segments_kernel, _value_programs(call, bv), arguments)
     starting = {"initial_state": starts, **strides("i", "ngkv", starts), "HAS_INITIAL": True}
     _walk(call, done, {**tables, **starting}, o=o, programs=pieces.num_segments)
     return o, final

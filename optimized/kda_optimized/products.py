@@ -25,6 +25,7 @@ BITS_OF_HEADROOM = tl.constexpr(0x07000000)
 TF32_RAISE = tl.constexpr(1.0 + 2.0**-11 / 1.5)
 LOG2_OF_RAISE = tl.constexpr(0.00046955087180600337)
 UPPER_BITS = tl.constexpr(-65536)
+HALF_OF_LOWER_BITS = tl.constexpr(0x8000)
 BITS_OF_ONE_TWICE = tl.constexpr(0x7F000000)
 
 
@@ -97,8 +98,8 @@ def product_split(b_a, b_b, EXACT: tl.constexpr):
 
 @triton.jit
 def split(b_x):
-    """Return two bfloat16 tiles whose sum is ``x`` to 15 bits, by cutting off, which takes no conversion."""
-    b_h = b_x.to(tl.int32, bitcast=True) & UPPER_BITS
+    """Return two bfloat16 tiles whose sum is ``x`` to 16 bits: the nearest one and what is left, cut off; neither takes a conversion."""
+    b_h = (b_x.to(tl.int32, bitcast=True) + HALF_OF_LOWER_BITS) & UPPER_BITS
     b_l = (b_x - b_h.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     return upper_half(b_h), upper_half(b_l)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -71,9 +72,9 @@ def test_segments_cover_every_chunk_once_and_in_order(calls: Calls, most_chunks:
     before = 0
     for i, length in enumerate(lengths):
         mine = range(pieces.first_segments[i], pieces.first_segments[i + 1])
-        assert len(mine) == -(-(-(-length // 16)) // most_chunks)
+        assert len(mine) == math.ceil(math.ceil(length / 16) / most_chunks)
         for piece in mine:
             assert (starts[piece] - offsets[i]) % 16 == 0
             assert pieces.chunk_offsets[piece] == before + (starts[piece] - offsets[i]) // 16
-            assert 0 < -(-(starts[piece + 1] - starts[piece]) // 16) <= most_chunks
-        before += -(-length // 16)
+            assert 0 < math.ceil((starts[piece + 1] - starts[piece]) / 16) <= most_chunks
+        before += math.ceil(length / 16)
