@@ -110,7 +110,7 @@ class Call:
     def config(self, kernel: Any) -> LaunchConfig:  # noqa: ANN401 - a Triton function
         """Return how a kernel is launched."""
         width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
-        return choose(rules_of(kernel.__name__, self.device), 4 if self.exact else 2, width)
+        return choose(rules_of(kernel.__name__, self.device), 4 if self.exact else 2, width, self.schedule.chunk_len)
 
     def pick(self, *names: str) -> dict[str, int]:
         """Return some of the constants H, G, K and V."""

@@ -39,15 +39,7 @@ from kda_optimized.chunks import (
     sum_decays,
     tokens_between,
 )
-from kda_optimized.products import (
-    LOG2_OF_RAISE,
-    TF32_RAISE,
-    half_scale,
-    pair_product,
-    product_split,
-    split,
-    store_planes,
-)
+from kda_optimized.products import half_scale, pair_product, product_split, split, store_planes
 
 STRIP = tl.constexpr(16)
 STRIP_LEVELS = tl.constexpr(4)
@@ -91,7 +83,7 @@ def strip_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
     b_L = tl.zeros((W, STRIP, STRIP), dtype=tl.float32)
     b_P = tl.where((o_t[:, None] == o_t[None, :])[None, :, :], tl.sum(b_q * b_k, axis=2)[:, :, None], 0.0)
     for i_l in range(STRIP_LEVELS):
-        b_E = tl.exp2(sum_decays(tokens_between(i_l, STRIP), b_gh, b_gl, b_L, LOG2_OF_RAISE, EXACT))
+        b_E = tl.exp2(sum_decays(tokens_between(i_l, STRIP), b_gh, b_gl, b_L, EXACT))
         m_l = level_mask(i_l, STRIP)[None, :, :]
         b_kE = b_k * b_E
         b_P = tl.where(m_l, pair_product(b_q * b_E, b_kE, EXACT), b_P)
@@ -189,8 +181,8 @@ def kda_chunk_fwd_prepare_kernel(
         b_gh0, b_gl0 = split(b_g0)
     b_P, b_L = strip_scores(b_q0, b_k0, b_gh0, b_gl0, W, EXACT)
     # Decays up to each token without the first one, and of those behind it; the latter of the whole chunk below.
-    b_dec0 = tl.exp2(sum_decays((o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0), b_gh0, b_gl0, b_L, 0.0, EXACT))
-    b_rest0 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh0, b_gl0, b_L, 0.0, EXACT))
+    b_dec0 = tl.exp2(sum_decays((o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0), b_gh0, b_gl0, b_L, EXACT))
+    b_rest0 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh0, b_gl0, b_L, EXACT))
     b_total = tl.sum(tl.where((o_s > 0)[None, :, None], b_g0, 0.0), axis=1)  # [W, BC]
     if TWO:
         b_g1 = load_strip(g, i_b, i_g, t_0, o_s + STRIP, o_k, m_1, stride_gb, stride_gt, stride_gh, stride_gk)
@@ -210,14 +202,13 @@ def kda_chunk_fwd_prepare_kernel(
         if not EXACT:
             b_gh1, b_gl1 = split(b_g1)
         b_P1, b_L1 = strip_scores(b_q1, b_k1, b_gh1, b_gl1, W, EXACT)
-        b_dec1 = tl.exp2(sum_decays(o_s[:, None] >= o_s[None, :], b_gh1, b_gl1, b_L1, 0.0, EXACT))
-        b_rest1 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh1, b_gl1, b_L1, 0.0, EXACT))
+        b_dec1 = tl.exp2(sum_decays(o_s[:, None] >= o_s[None, :], b_gh1, b_gl1, b_L1, EXACT))
+        b_rest1 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh1, b_gl1, b_L1, EXACT))
         b_q1 = b_q1 * b_dec1
         b_kd1 = b_k1 * b_dec1
         b_kr0 = b_k0 * b_rest0
-        b_kr = b_kr0 if EXACT else b_kr0 * (TF32_RAISE * TF32_RAISE)
-        b_P = from_blocks(tl.sum(b_P, axis=0), tl.sum(pair_product(b_q1, b_kr, EXACT), axis=0), tl.sum(b_P1, axis=0))
-        b_L = from_blocks(tl.sum(b_L, axis=0), tl.sum(pair_product(b_kd1, b_kr, EXACT), axis=0), tl.sum(b_L1, axis=0))
+        b_P = from_blocks(tl.sum(b_P, axis=0), tl.sum(pair_product(b_q1, b_kr0, EXACT), axis=0), tl.sum(b_P1, axis=0))
+        b_L = from_blocks(tl.sum(b_L, axis=0), tl.sum(pair_product(b_kd1, b_kr0, EXACT), axis=0), tl.sum(b_L1, axis=0))
         b_before = tl.exp2(b_total)[:, None, :]
         b_behind = tl.sum(b_g1, axis=1)
         b_total += b_behind
@@ -238,6 +229,12 @@ def kda_chunk_fwd_prepare_kernel(
     store_rows(k_rows + p_tk, p_token + K_SCALE * BT + o_s, b_kd0, o_0, EXACT)
     if TWO:
         store_rows(k_rows + p_tk, p_token + K_SCALE * BT + STRIP + o_s, b_kd1, o_1, EXACT)
+    if BACKWARD:
+        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
+        store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + o_s, b_kr0, o_0, EXACT)
+        if TWO:
+            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
+            store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + STRIP + o_s, b_kr1, o_1, EXACT)
 
     m_t = o_t < n_t
     b_b = load_column(beta, i_b, i_g, t_0, o_t, m_t, stride_bb, stride_bt, stride_bh)
@@ -248,11 +245,6 @@ def kda_chunk_fwd_prepare_kernel(
         store_planes(scores + p_tt, b_P, o_tt, PLANE, EXACT)
         store_planes(solve + p_tt, b_Z, o_tt, PLANE, EXACT)
         store_planes(pull + p_tt, inverse(b_L * b_b[:, None], BT, LEVELS, EXACT), o_tt, PLANE, EXACT)
-        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
-        store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + o_s, b_kr0, o_0, EXACT)
-        if TWO:
-            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
-            store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + STRIP + o_s, b_kr1, o_1, EXACT)
     else:
         b_mix = product_split(b_P * b_b[None, :], b_Z, EXACT)
         store_planes(scores + p_tt, b_mix, o_tt, PLANE, EXACT)

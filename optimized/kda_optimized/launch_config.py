@@ -2,8 +2,8 @@
 
 A file is named after an architecture, ``sm_90.json``; ``default.json`` serves every other one, and ``interpreter.json`` the CPU. It maps
 a kernel's name to a list of rules, the first of which that fits is taken: it fits when the operands of matrix products have at most
-``max_operand_bytes`` bytes and the padded head widths are at most ``max_width`` channels. Nothing is tuned while a user waits;
-``python -m kda_optimized.tune`` writes a file.
+``max_operand_bytes`` bytes, the padded head widths are at most ``max_width`` channels and chunks have at most ``max_tokens``, if said.
+Nothing is tuned while a user waits; ``python -m kda_optimized.tune`` writes a file.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class LaunchConfig:
         As Triton takes them.
     block_k, block_v
         Key and value channels per tile; ``None`` where the kernel does not split that axis.
+    max_registers
+        Registers a thread may have, so that more programs share a multiprocessor; ``None`` leaves it to the compiler.
     programs
         Programs below which sequences are cut into segments, so that the device is not left idle; 0 never cuts.
     least_chunks
@@ -46,12 +48,14 @@ class LaunchConfig:
     num_stages: int
     block_k: int | None = None
     block_v: int | None = None
+    max_registers: int | None = None
     programs: int = 0
     least_chunks: int = 1
 
     def options(self) -> dict[str, int]:
         """Return what Triton takes at launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def architecture(device: torch.device) -> str:
@@ -89,7 +93,13 @@ def rules_of(kernel: str, device: torch.device) -> list[dict[str, Any]]:
     return (_in_place[-1] if _in_place else table(architecture(device)))[kernel]
 
 
-def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> LaunchConfig:
+def fits(rule: dict[str, Any], operand_bytes: int, width: int, tokens: int) -> bool:
+    """Tell whether a rule is meant for such a call."""
+    sizes = {"max_operand_bytes": operand_bytes, "max_width": width, "max_tokens": tokens}
+    return all(size <= rule.get(name, size) for name, size in sizes.items())
+
+
+def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int, tokens: int) -> LaunchConfig:
     """Return the first rule that fits; tiles are no wider than the padded head.
 
     Raises
@@ -98,11 +108,15 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> Launc
         If no rule fits: the table is incomplete.
     """
     for rule in rules:
-        if operand_bytes <= rule["max_operand_bytes"] and width <= rule["max_width"]:
-            blocks = {name: rule[name] for name in ("block_k", "block_v", "programs", "least_chunks") if name in rule}
-            return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **blocks)
+        if fits(rule, operand_bytes, width, tokens):
+            others = {
+                name: rule[name]
+                for name in ("block_k", "block_v", "max_registers", "programs", "least_chunks")
+                if name in rule
+            }
+            return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **others)
     message = (
-        f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; "
+        f"the launch table must cover operands of {operand_bytes} bytes at width {width} in chunks of {tokens}, got {rules}; "
         "run python -m kda_optimized.tune"
     )
     raise LookupError(message)

@@ -22,8 +22,6 @@ BITS_OF_LARGEST = tl.constexpr(0x7E800000)
 BITS_OF_ONE = tl.constexpr(0x3F800000)
 BITS_OF_LEAST = tl.constexpr(0x07800000)
 BITS_OF_HEADROOM = tl.constexpr(0x07000000)
-TF32_RAISE = tl.constexpr(1.0 + 2.0**-11 / 1.5)
-LOG2_OF_RAISE = tl.constexpr(0.00046955087180600337)
 UPPER_BITS = tl.constexpr(-65536)
 HALF_OF_LOWER_BITS = tl.constexpr(0x8000)
 BITS_OF_ONE_TWICE = tl.constexpr(0x7F000000)
@@ -72,16 +70,11 @@ def scaled_columns(b_x):
 
 @triton.jit
 def pair_product(b_a, b_b, EXACT: tl.constexpr):
-    """Return ``a b^T`` of each of several pairs of float32 tiles ``[B, M, C]`` and ``[B, N, C]``, in tf32 unless ``EXACT``.
+    """Return ``a b^T`` of each of several pairs of float32 tiles ``[B, M, C]`` and ``[B, N, C]``, split.
 
-    Tensor cores cut tf32 operands off at 11 bits. Multiplied by ``TF32_RAISE`` first, they err neither up nor down in the mean over a
-    binade, hardly more than rounded ones, and what has 11 bits stays as it is. Unlike float16, tf32 has the range of float32.
+    Where both are results of products, or elementwise functions of one, nothing leaves the registers of a warp.
     """
-    if EXACT:
-        b_o = tl.dot(b_a, tl.permute(b_b, (0, 2, 1)), input_precision="ieee")
-    else:
-        b_o = tl.dot(b_a, tl.permute(b_b, (0, 2, 1)), input_precision="tf32")
-    return b_o
+    return product_split(b_a, tl.permute(b_b, (0, 2, 1)), EXACT)
 
 
 @triton.jit

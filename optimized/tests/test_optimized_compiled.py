@@ -14,7 +14,7 @@ import kda_optimized
 import kda_reference
 import pytest
 from kda_optimized.launch_config import choose, table
-from kda_optimized.tune import candidates, written
+from kda_optimized.tune import applicable, candidates, written
 
 MOST_SPILLED_BYTES = 288
 MOST_SHARED_BYTES = {90: 227 * 1024, 80: 163 * 1024}
@@ -60,8 +60,17 @@ def test_launch_table_covers_every_call(name: str) -> None:
     for kernel, rules in table(name).items():
         for operand_bytes in (2, 4):
             for width in (16, 32, 64, 128, 256):
-                config = choose(rules, operand_bytes, width)
-                assert config.num_warps in (1, 2, 4, 8, 16), kernel
+                for tokens in (16, 32, 64):
+                    config = choose(rules, operand_bytes, width, tokens)
+                    assert config.num_warps in (1, 2, 4, 8, 16), kernel
+
+
+def test_tuning_keeps_a_rule_for_chunks_of_every_length() -> None:
+    for rules in table("default").values():
+        for operand_bytes, width in ((2, 128), (4, 256)):
+            kept = applicable(rules, operand_bytes, width)
+            for tokens in (16, 64):
+                assert choose(kept, operand_bytes, width, tokens) == choose(rules, operand_bytes, width, tokens)
 
 
 def test_tuning_keeps_every_rule_applicable() -> None:
