@@ -1,6 +1,6 @@
-"""The command ``kda``: judge implementations, reproduce a failure, list what is installed.
+"""The command ``kda``: judge implementations, time them, reproduce a failure, list what is installed.
 
-Exit status: 0 all pass, 1 something fails, 2 bad usage, 5 nothing was judged.
+Exit status: 0 all pass, 1 something fails, 2 bad usage, 5 nothing was judged or timed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import typer
 from rich.console import Console
 
-from kda_conformance import discovery, verify
+from kda_conformance import bench, discovery, verify, workloads
 from kda_conformance.claims import UsageError
+from kda_conformance.contenders import contenders, installed_operators
 from kda_conformance.devices import interpret_triton_without_gpu
 from kda_conformance.planted import matrix, null_study
 
@@ -116,10 +117,8 @@ def mutants(
     bugs = sum(rows[0]["planted"]["kind"] == "bug" for rows in runs)
     console.print(f"{bugs - len(alive)} of {bugs} bugs caught; survivors: {', '.join(alive) or 'none'}")
     console.print(f"{len(runs) - bugs} correct; failed: {', '.join(alarms) or 'none'}")
-    page = out / "mutants.html"
-    command = [sys.executable, "-m", "kda_reports", "mutants", str(out / "rows.jsonl"), "--out", str(page)]
-    rendered = subprocess.run(command, check=False).returncode == 0  # noqa: S603 - our own command
-    console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if rendered else 'no page was rendered'}")
+    page = _render("mutants", out / "rows.jsonl", out / "mutants.html")
+    console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if page else 'no page was rendered'}")
     raise typer.Exit(FAIL if alive or alarms else 0)
 
 
@@ -140,6 +139,47 @@ def null_study_command(
     raise typer.Exit(FAIL if alarms else 0)
 
 
+@app.command("bench")
+def bench_command(
+    impl: Implementations = None,
+    other: Annotated[
+        list[str] | None, typer.Option(help="Another operator to time beside them: fla-dplr, fla-gdn; repeatable.")
+    ] = None,
+    select: Annotated[
+        list[str] | None, typer.Option(help="Shell pattern for names or labels of workloads; repeatable.")
+    ] = None,
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="The workloads labelled quick: a minute.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the workloads selected and their labels.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each side. Default: 30 on a GPU, 10.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where available and claimed.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for rows and the page.")] = Path("out/bench"),
+) -> None:
+    """Time implementations side by side, each on what it is judged right on, and write rows.jsonl and bench.html."""
+    interpret_triton_without_gpu()
+    console = Console()
+    try:
+        others = other if other is not None or impl else installed_operators()
+        sides, place = contenders(impl or default_contenders(), others or [], device)
+    except UsageError as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(USAGE) from error
+    chosen = workloads.select(workloads.catalogue(place), [*(select or []), *(["quick"] if quick else [])])
+    if not chosen:
+        console.print(f"--select must match a workload, got {select}; `kda bench --list` names them", markup=False)
+        raise typer.Exit(NOTHING)
+    if show:
+        for workload in chosen:
+            typer.echo(f"{workload.name}  [{' '.join(sorted(workload.labels))}]")
+        return
+    rows = bench.run(sides, chosen, place, rounds or bench.ROUNDS[place], out, console)
+    console.print(bench.table(rows))
+    page = _render("bench", out / "rows.jsonl", out / "bench.html")
+    console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if page else 'no page was rendered'}")
+    measured = any(row["outcome"] == "measured" for row in rows)
+    raise typer.Exit(FAIL if bench.failed(rows) else 0 if measured else NOTHING)
+
+
 @app.command("list")
 def list_command() -> None:
     """List the implementations that are installed."""
@@ -152,6 +192,13 @@ def default_implementations() -> list[str]:
     wanted = verify.DEFAULT_CUDA if torch.cuda.is_available() else verify.DEFAULT_CPU
     # A peer that is not installed is no failure; a name of ours that cannot be loaded is, and stays in the list.
     return [name for name in wanted if not name.startswith(("fla", "transformers")) or _loads(name)]
+
+
+def default_contenders() -> list[str]:
+    """Return the implementations timed when none is named."""
+    if torch.cuda.is_available():
+        return [name for name in ("triton-chunk", "fla-chunk") if not name.startswith("fla") or _loads(name)]
+    return ["torch-chunkwise", "reference"]
 
 
 def _loads(name: str) -> bool:
@@ -180,11 +227,14 @@ def _words(status: int) -> str:
 
 
 def _report(out: Path) -> Path | None:
-    """Render the report in a process of its own: measuring and rendering are separate, and this package knows no report."""
-    page = out / "report.html"
-    command = [sys.executable, "-m", "kda_reports", "errors", str(out / "rows.jsonl"), "--out", str(page)]
+    return _render("errors", out / "rows.jsonl", out / "report.html")
+
+
+def _render(page: str, rows: Path, to: Path) -> Path | None:
+    """Render a page in a process of its own: measuring and rendering are separate, and this package knows no report."""
+    command = [sys.executable, "-m", "kda_reports", page, str(rows), "--out", str(to)]
     done = subprocess.run(command, check=False)  # noqa: S603 - our own command
-    return page if done.returncode == 0 else None
+    return to if done.returncode == 0 else None
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -111,13 +112,31 @@ class FunctionImplementation:
         final = None if result.final_state is None else result.final_state.detach()
         return KdaResult(o=result.o.detach(), final_state=final), KdaGradients(**gradients)
 
+    def prepare(self, inputs: KdaInputs, cotangents: tuple[Tensor, Tensor] | None) -> Callable[[], object]:
+        """Return the bare call of the function, and of its derivative when there are cotangents, with nothing around it: for timing."""
+        if cotangents is None:
+            positional, keywords = self._arguments(inputs)
+            return partial(self.function, *positional, **keywords)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
+        positional, keywords = self._arguments(inputs.replace(**leaves))
+
+        def forward_backward() -> object:
+            outputs = self.function(*positional, **keywords)
+            return torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+
+        return forward_backward
+
     def _call(self, inputs: KdaInputs) -> KdaResult:
+        positional, keywords = self._arguments(inputs)
+        o, final_state = self.function(*positional, **keywords)
+        return KdaResult(o=o, final_state=final_state)
+
+    @staticmethod
+    def _arguments(inputs: KdaInputs) -> tuple[list[Tensor], dict[str, Any]]:
         defaults = {item.name: item.default for item in fields(KdaInputs)}
         keywords = {
             name: value
             for name, value in inputs.keywords().items()
             if name in ALWAYS_PASSED or not (value is defaults[name] or value == defaults[name])
         }
-        positional = [keywords.pop(name) for name in ALWAYS_PASSED[:5]]
-        o, final_state = self.function(*positional, **keywords)
-        return KdaResult(o=o, final_state=final_state)
+        return [keywords.pop(name) for name in ALWAYS_PASSED[:5]], keywords

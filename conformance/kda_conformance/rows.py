@@ -9,6 +9,7 @@ import subprocess
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kda_conformance.subject import Subject
 
 SCHEMA = 1
+VERDICTS = ("pass", "fail", "error", "xfail", "unclaimed", "may")
 
 
 class RowWriter:
@@ -31,10 +33,12 @@ class RowWriter:
         Identifier that all rows of the run carry.
     counts
         Verdicts so far, by outcome.
+    outcomes
+        All outcomes there may be.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, outcomes: tuple[str, ...] = VERDICTS) -> None:
+        self.path, self.outcomes = path, outcomes
         self.run = uuid.uuid4().hex[:12]
         self.counts: Counter[str] = Counter()
         self.implementation = ""
@@ -58,7 +62,7 @@ class RowWriter:
     def finish(self, outcome: str) -> None:
         """Append the closing row."""
         seconds = round(time.monotonic() - self.started, 2)
-        counts = {name: self.counts[name] for name in ("pass", "fail", "error", "xfail", "unclaimed", "may")}
+        counts = {name: self.counts[name] for name in self.outcomes}
         self.write(
             {
                 "kind": "finish",
@@ -85,7 +89,7 @@ def _opening(implementation: str, version: str, effort: str, run: str) -> dict[s
         "implementation": implementation,
         "version": version,
         "effort": effort,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": now(),
         "fingerprint": fingerprint(),
         "seed": 0,
     }
@@ -104,6 +108,11 @@ def unloaded_rows(path: Path, spec: str, effort: str, message: str) -> None:
     writer.finish("usage")
 
 
+def now() -> str:
+    """Return the time as rows say it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def fingerprint() -> dict[str, Any]:
     """Return what identifies machine, libraries and source state."""
     commit, dirty = _source_state()
@@ -113,8 +122,11 @@ def fingerprint() -> dict[str, Any]:
         "triton": _installed("triton"),
         "numpy": _installed("numpy"),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
         "commit": commit,
         "dirty": dirty,
     }
@@ -136,6 +148,25 @@ def _installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cpu() -> str:
+    """Return the model of the processor, which the platform module does not know on Linux."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """Return driver, clocks and power limit of the first GPU, as the driver's own tool says."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)  # noqa: S603 - fixed words
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()
 
 
 def _source_state() -> tuple[str | None, bool | None]:

@@ -1,0 +1,241 @@
+"""What is timed: implementations of KDA, each judged before its time counts, and other operators beside them."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kda_conformance.claims import UsageError
+from kda_conformance.devices import choose_device
+from kda_conformance.discovery import find_implementation
+from kda_conformance.subject import Call, LawViolation, Subject
+from kda_conformance.workloads import USUAL_CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from kda_reference import KdaInputs
+    from torch import Tensor
+
+    from kda_conformance.workloads import Workload
+
+    Cotangents = tuple[Tensor, Tensor] | None
+
+OUTPUTS = ("o", "final_state")
+OTHER_OPERATORS = {
+    "fla-dplr": "kda_conformance.implementations.fla_operators:FlaDplr",
+    "fla-gdn": "kda_conformance.implementations.fla_operators:FlaGdn",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What the gate says of an implementation on a workload.
+
+    Attributes
+    ----------
+    outcome
+        ``measured`` if it may be timed, else ``red`` (a law is broken), ``error`` (it raised) or ``unclaimed``.
+    message
+        Why it may not be timed.
+    score
+        Largest error over its bound; ``None`` where nothing was judged.
+    """
+
+    outcome: str
+    message: str = ""
+    score: float | None = None
+
+
+class Contender(Protocol):
+    """Anything that takes a turn.
+
+    Attributes
+    ----------
+    name, version, operator
+        How rows call it; ``operator`` is ``KDA`` or that of another recurrence.
+    """
+
+    name: str
+    version: str
+    operator: str
+
+    def takes(self, workload: Workload) -> bool:
+        """Tell whether the workload is one to time this on."""
+        ...
+
+    def judge(self, workload: Workload) -> Judged:
+        """Judge it on a small call with the workload's flags."""
+        ...
+
+    def prepare(self, inputs: KdaInputs, cotangents: Cotangents) -> Callable[[], object]:
+        """Return the call that is timed."""
+        ...
+
+
+class KdaContender:
+    """An implementation of KDA.
+
+    Parameters
+    ----------
+    spec
+        As ``--impl`` takes it.
+    device
+        Device type, or ``None`` for a GPU where there is one and it is claimed.
+
+    Raises
+    ------
+    UsageError
+        If there is no such implementation, or it does not run on the device.
+    """
+
+    operator = "KDA"
+
+    def __init__(self, spec: str, device: str | None) -> None:
+        implementation = find_implementation(spec)
+        self.name, self.version = implementation.name, implementation.version
+        self.device = choose_device(device, implementation.claims, spec)
+        self._subject = Subject(
+            implementation=implementation, claims=implementation.claims, device=self.device, spec=spec
+        )
+        self._verdicts: dict[str, Judged] = {}
+
+    def takes(self, workload: Workload) -> bool:
+        """Every workload is an implementation's business."""
+        del workload
+        return True
+
+    def judge(self, workload: Workload) -> Judged:
+        """Judge every output, and every gradient where there is a backward pass, against the budget of the claimed arithmetic."""
+        missing = self._unclaimed(workload)
+        if missing is not None:
+            return Judged(outcome="unclaimed", message=f"unclaimed: {missing}")
+        key = f"{workload.dtype} {workload.backward} {workload.chunk_size} {workload.gate_case}"
+        if key not in self._verdicts:
+            self._verdicts[key] = self._judge(workload)
+        return self._verdicts[key]
+
+    def prepare(self, inputs: KdaInputs, cotangents: Cotangents) -> Callable[[], object]:
+        """Return the bare function's call where there is one, else the adapter's."""
+        implementation = self._subject.implementation
+        if bare := getattr(implementation, "prepare", None):
+            call: Callable[[], object] = bare(inputs, cotangents)
+            return call
+        if cotangents is None:
+            return lambda: implementation.forward(inputs)
+        return lambda: implementation.vjp(inputs, *cotangents)
+
+    def _unclaimed(self, workload: Workload) -> str | None:
+        claims = self._subject.claims
+        if workload.dtype not in claims.precision:
+            return f"precision of {workload.dtype}"
+        if workload.backward and not claims.backward:
+            return "backward"
+        if workload.chunk_size != USUAL_CHUNK and not claims.chunk_size:
+            return "chunk_size"
+        return workload.gate_case.unclaimed(claims)
+
+    def _judge(self, workload: Workload) -> Judged:
+        subject, call = self._subject, Call(workload.gate_case, workload.dtype)
+        subject.measures.clear()
+        subject.law = "training-forward-matches-reference" if workload.backward else "forward-matches-reference"
+        # The length of a chunk is no part of the case: budgets are those of the call without it.
+        plain = subject.inputs(call)
+        inputs = plain.replace(chunk_size=workload.chunk_size)
+        try:
+            budget = subject.budget(call, plain, backward=workload.backward)
+            if workload.backward:
+                found = subject.evaluate(call, inputs, *call.case.cotangents(inputs))
+            else:
+                result = subject.forward(call, inputs)
+                found = {"o": result.o, "final_state": result.final_state}  # type: ignore[dict-item]
+            subject.judge(call, {name: found.pop(name) for name in OUTPUTS}, budget)
+            if found:
+                subject.law = "gradients-match-reference"
+                subject.judge(call, found, budget)
+        except LawViolation as violation:
+            return Judged(outcome="red", message=str(violation), score=self._score())
+        except Exception as error:  # noqa: BLE001 - whatever the implementation raises is its result
+            return Judged(outcome="error", message=f"{type(error).__name__}: {error}\n  {subject.reproduction(call)}")
+        return Judged(outcome="measured", score=self._score())
+
+    def _score(self) -> float | None:
+        return max((row["score"] for row in self._subject.measures), default=None)
+
+
+class OtherOperator:
+    """Another recurrence, timed for comparison and not judged; forward only.
+
+    Parameters
+    ----------
+    name
+        A key of ``OTHER_OPERATORS``.
+
+    Raises
+    ------
+    UsageError
+        If there is none of this name, or what it needs is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in OTHER_OPERATORS:
+            message = f"--other must be one of {sorted(OTHER_OPERATORS)}, got {name!r}; check the spelling"
+            raise UsageError(message)
+        place, _, attribute = OTHER_OPERATORS[name].partition(":")
+        try:
+            self._adapter = getattr(importlib.import_module(place), attribute)()
+        except ImportError as error:
+            message = f"--other {name} must be importable, got {error}; install fla-core"
+            raise UsageError(message) from error
+        self.name, self.version, self.operator = name, self._adapter.version, self._adapter.operator
+
+    def takes(self, workload: Workload) -> bool:
+        """Only what the operators are compared on."""
+        return "operators" in workload.labels
+
+    def judge(self, workload: Workload) -> Judged:
+        """Let it pass: nothing here knows what it should return."""
+        del workload
+        return Judged(outcome="measured")
+
+    def prepare(self, inputs: KdaInputs, cotangents: Cotangents) -> Callable[[], object]:
+        """Return the forward call."""
+        del cotangents
+        call: Callable[[], object] = self._adapter.prepare(inputs)
+        return call
+
+
+def installed_operators() -> list[str]:
+    """Return the other operators that can be timed on this machine."""
+    found = []
+    for name in OTHER_OPERATORS if torch.cuda.is_available() else ():
+        with suppress(UsageError):
+            OtherOperator(name)
+            found.append(name)
+    return found
+
+
+def contenders(specs: Iterable[str], others: Iterable[str], device: str | None) -> tuple[list[Contender], str]:
+    """Load everything that is to be timed, and say on which device.
+
+    Raises
+    ------
+    UsageError
+        If something cannot be loaded, two have one name, or they would run on different devices.
+    """
+    ours = [KdaContender(spec, device) for spec in specs]
+    found: list[Contender] = [*ours, *(OtherOperator(name) for name in others)]
+    names = [contender.name for contender in found]
+    if len(set(names)) < len(names):
+        message = f"--impl must name each implementation once, got {names}; leave one out"
+        raise UsageError(message)
+    devices = {contender.device for contender in ours} | ({"cuda"} if len(found) > len(ours) else set())
+    if len(devices) != 1:
+        places = {contender.name: contender.device for contender in ours}
+        message = f"--device must be one for all sides, got {places}; name a device that all of them claim"
+        raise UsageError(message)
+    return found, devices.pop()
