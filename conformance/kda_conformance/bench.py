@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from kda_reference import KdaGradients, KdaResult
+from rich.console import Group
 from rich.table import Table
 
 from kda_conformance.contenders import Judged
@@ -38,6 +39,7 @@ TURN_SECONDS = {"cuda": 2e-3, "cpu": 5e-3}
 CACHES = 3
 FEWEST_SETS, MOST_SETS = 2, 128
 SEED = 0
+WIDEST_NAME = 18
 
 
 def run(
@@ -218,36 +220,34 @@ def _brief(row: Row) -> str:
     return f"{row['implementation']} {1e3 * row['time']['median']:.4g} ms"
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the rows as a table for the terminal; ``times`` is relative to the first side that was timed on the workload."""
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("")
-    for name in ("ms", "mad", "times", "GB/s", "of copy", "TFLOP/s", "of product", "peak MB"):
-        shown.add_column(name, justify="right")
+def tables(rows: Sequence[Row]) -> Group:
+    """Return the rows for the terminal, a table for each workload; ``times`` is relative to the first side that was timed."""
+    found: dict[str, Table] = {}
     first: dict[str, float] = {}
-    last = ""
     for row in rows:
-        if row["workload"] != last:
-            shown.add_row(f"[bold]{row['workload']}[/]")
-            last = row["workload"]
+        name = row["workload"]
+        if name not in found:
+            found[name] = Table(title=name, title_justify="left", box=None, pad_edge=False)
+            found[name].add_column("", min_width=WIDEST_NAME)
+            for column in ("ms", "mad", "times", "GB/s", "of copy", "TFLOP/s", "of product", "peak MB"):
+                found[name].add_column(column, justify="right")
         if row["time"] is None:
-            shown.add_row(f"  {row['implementation']}: {row['outcome']}")
+            found[name].add_row(row["implementation"], row["outcome"])
             continue
         time, ceilings = row["time"], row["ceilings"]
-        ratio = time["median"] / first.setdefault(row["workload"], time["median"])
         counted = (
             f"{row['bytes_per_s'] / 1e9:.3g}",
             f"{row['bytes_per_s'] / ceilings['copy_bytes_per_s']:.1%}",
             f"{row['flop_per_s'] / 1e12:.3g}",
             f"{row['flop_per_s'] / ceilings['matmul_flop_per_s']:.1%}",
         )
-        shown.add_row(
-            f"  {row['implementation']}",
+        found[name].add_row(
+            row["implementation"],
             f"{1e3 * time['median']:.4g}",
             f"{1e3 * time['mad']:.2g}",
-            f"{ratio:.2f}",
+            f"{time['median'] / first.setdefault(name, time['median']):.2f}",
             # What is counted are the bytes and operations of KDA.
             *(counted if row["operator"] == "KDA" else ("",) * 4),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
         )
-    return shown
+    return Group(*found.values())

@@ -173,7 +173,7 @@ def bench_command(
             typer.echo(f"{workload.name}  [{' '.join(sorted(workload.labels))}]")
         return
     rows = bench.run(sides, chosen, place, rounds or bench.ROUNDS[place], out, console)
-    console.print(bench.table(rows))
+    console.print(bench.tables(rows))
     page = _render("bench", out / "rows.jsonl", out / "bench.html")
     console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if page else 'no page was rendered'}")
     measured = any(row["outcome"] == "measured" for row in rows)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kda_reports.page import render_errors, render_mutants
-from kda_reports.rows import RowError, Run, read_rows
+from kda_reports.rows import RowError, read_rows
+from kda_reports.timing_page import render_bench
+from kda_reports.timings import read_timings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 USAGE = 2
 
@@ -29,7 +31,7 @@ def errors(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Render the error report: who obeys which law, how close to the bound, where and why not."""
-    _write(rows, out, render_errors)
+    _write(lambda: render_errors(read_rows(rows), _names(rows)), out)
 
 
 @app.command()
@@ -38,12 +40,25 @@ def mutants(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("mutants.html"),
 ) -> None:
     """Render the matrix of planted bugs and laws: what catches what, and what nothing catches."""
-    _write(rows, out, render_mutants)
+    _write(lambda: render_mutants(read_rows(rows), _names(rows)), out)
 
 
-def _write(rows: list[Path], out: Path, render: Callable[[Sequence[Run], Sequence[str]], str]) -> None:
+@app.command()
+def bench(
+    rows: Annotated[list[Path], typer.Argument(help="Rows files of `kda bench` (JSONL).")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("bench.html"),
+) -> None:
+    """Render the benchmark: time against size, KDA against other operators, every timing with its spread."""
+    _write(lambda: render_bench(*read_timings(rows), _names(rows)), out)
+
+
+def _names(rows: list[Path]) -> list[str]:
+    return [path.name for path in rows]
+
+
+def _write(render: Callable[[], str], out: Path) -> None:
     try:
-        page = render(read_rows(rows), [path.name for path in rows])
+        page = render()
     except RowError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(USAGE) from error

@@ -15,7 +15,7 @@ import altair as alt
 import vl_convert
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kda_reports.envelopes import Panel, Series
 
@@ -30,6 +30,18 @@ FLOOR, CEILING = 1e-2, 1e6
 ABOVE_THE_LINE = -6
 MOST_TICKS = 6
 VEGALITE = "6.4"
+X_STYLE: dict[str, Any] = {
+    "grid": False,
+    "domainColor": GRID,
+    "tickColor": GRID,
+    "tickSize": 4,
+    "labelColor": INK,
+    "labelFontSize": FONT_SIZE,
+    "labelOverlap": False,
+    "titleColor": INK,
+    "titleFontSize": FONT_SIZE,
+    "titleFontWeight": "normal",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,22 +74,23 @@ def top_of(panels: Sequence[Panel]) -> float:
 
 def draw(panel: Panel, frame: Frame) -> str:
     """Draw one panel and return it as an ``<svg>`` element."""
-    x = alt.X("x:Q", title=frame.x_title, scale=_scale(frame.x_domain, log=frame.log_x), axis=_x_axis(frame))
-    y = alt.Y("y:Q", title=None, scale=_scale((FLOOR, frame.top), log=True), axis=_y_axis(frame.top))
-    colour = alt.Color("name:N", scale=_cycled(COLOURS, frame.names), legend=None)
-    dash = alt.StrokeDash("name:N", scale=_cycled(DASHES, frame.names), legend=None)
+    x = alt.X("x:Q", title=frame.x_title, scale=scale_of(frame.x_domain, log=frame.log_x), axis=_x_axis(frame))
+    y = alt.Y("y:Q", title=None, scale=scale_of((FLOOR, frame.top), log=True), axis=y_axis(_decades(FLOOR, frame.top)))
+    colour = alt.Color("name:N", scale=cycled(COLOURS, frame.names), legend=None)
+    dash = alt.StrokeDash("name:N", scale=cycled(DASHES, frame.names), legend=None)
     points = [point for series in panel.series for point in _points(series, frame)]
-    places = _apart(panel.series, frame.top)
-    labels = _of([{"name": name, "label": _short(name), "y": place} for name, place in places.items()])
-    limit = _of([{"y": 1.0, "label": "bound = 1"}])
+    ends = {series.name: series.points[-1][1] for series in panel.series}
+    places = apart(ends, (FLOOR, frame.top), HEIGHT)
+    labels = data_of([{"name": name, "label": short(name), "y": place} for name, place in places.items()])
+    limit = data_of([{"y": 1.0, "label": "bound = 1"}])
     text: dict[str, Any] = {"baseline": "middle", "fontSize": FONT_SIZE}
     chart = alt.layer(
         limit.mark_rule(color=LIMIT, strokeWidth=1.2).encode(y=y),
         limit.mark_text(color=LIMIT, dy=ABOVE_THE_LINE, align="right", **text).encode(
             x=alt.value(WIDTH - 2), y=y, text="label:N"
         ),
-        _of(points).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, strokeDash=dash),
-        _of([point for point in points if not point["finite"]])
+        data_of(points).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=colour, strokeDash=dash),
+        data_of([point for point in points if not point["finite"]])
         .mark_point(shape="triangle-up", filled=True, size=46, opacity=1)
         .encode(x=x, y=y, color=colour),
         labels.mark_rule(strokeWidth=1.5).encode(
@@ -85,16 +98,23 @@ def draw(panel: Panel, frame: Frame) -> str:
         ),
         labels.mark_text(align="left", **text).encode(x=alt.value(WIDTH + 21), y=y, text="label:N", color=colour),
     )
-    chart = chart.properties(width=WIDTH, height=HEIGHT, padding=MARGIN, autosize="none")
+    return as_svg(chart, WIDTH, HEIGHT)
+
+
+def as_svg(chart: alt.LayerChart, width: float, height: float) -> str:
+    """Return a chart as an ``<svg>`` element, its panel of the given size within the margins."""
+    chart = chart.properties(width=width, height=height, padding=MARGIN, autosize="none")
     chart = chart.configure(font="sans-serif", background="transparent", view=alt.ViewConfig(stroke="transparent"))
     return str(vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=VEGALITE))
 
 
-def _of(values: list[dict[str, Any]]) -> alt.Chart:
+def data_of(values: list[dict[str, Any]]) -> alt.Chart:
+    """Return a chart of values that stand in the chart itself."""
     return alt.Chart(alt.Data(values=values))  # type: ignore[no-untyped-call]
 
 
-def _cycled(choices: Sequence[Any], names: Sequence[str]) -> alt.Scale:
+def cycled(choices: Sequence[Any], names: Sequence[str]) -> alt.Scale:
+    """Return the scale that gives each name its choice, again from the first when they run out."""
     return alt.Scale(domain=list(names), range=[choices[i % len(choices)] for i in range(len(names))])
 
 
@@ -105,31 +125,21 @@ def _points(series: Series, frame: Frame) -> list[dict[str, Any]]:
     ]
 
 
-def _scale(domain: tuple[float, float], *, log: bool) -> alt.Scale:
+def scale_of(domain: tuple[float, float], *, log: bool) -> alt.Scale:
+    """Return the scale of an axis that spans exactly its domain."""
     return alt.Scale(type="log" if log else "linear", domain=list(domain), nice=False, zero=False)
 
 
 def _x_axis(frame: Frame) -> alt.Axis:
-    style: dict[str, Any] = {
-        "grid": False,
-        "domainColor": GRID,
-        "tickColor": GRID,
-        "tickSize": 4,
-        "labelColor": INK,
-        "labelFontSize": FONT_SIZE,
-        "labelOverlap": False,
-        "titleColor": INK,
-        "titleFontSize": FONT_SIZE,
-        "titleFontWeight": "normal",
-    }
     if not frame.log_x:
-        return alt.Axis(tickCount=4, **style)
-    return alt.Axis(values=_decades(*frame.x_domain), format="~g", **style)
+        return alt.Axis(tickCount=4, **X_STYLE)
+    return alt.Axis(values=_decades(*frame.x_domain), format="~g", **X_STYLE)
 
 
-def _y_axis(top: float) -> alt.Axis:
+def y_axis(values: Sequence[float]) -> alt.Axis:
+    """Return a vertical axis with a line across the panel at each value."""
     return alt.Axis(
-        values=_decades(FLOOR, top),
+        values=list(values),
         format="~g",
         domain=False,
         ticks=False,
@@ -147,21 +157,22 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**exponent for exponent in exponents if len(exponents) <= MOST_TICKS or exponent % 2 == 0]
 
 
-def _apart(series: Sequence[Series], top: float) -> dict[str, float]:
-    """Return the height of each series' label on the error axis: its last point, moved until labels stand apart."""
-    low, high = math.log10(FLOOR), math.log10(top)
-    step = min(LABEL_STEP / HEIGHT, 1 / len(series)) * (high - low)
-    ends = sorted((math.log10(min(max(one.points[-1][1], FLOOR), top)), one.name) for one in series)
+def apart(ends: Mapping[str, float], domain: tuple[float, float], height: float) -> dict[str, float]:
+    """Return where on a logarithmic axis the label of each series stands: at its last point, moved until labels stand apart."""
+    low, high = math.log10(domain[0]), math.log10(domain[1])
+    step = min(LABEL_STEP / height, 1 / len(ends)) * (high - low)
+    ordered = sorted((math.log10(min(max(end, domain[0]), domain[1])), name) for name, end in ends.items())
     places: list[float] = []
-    for end, _ in ends:
+    for end, _ in ordered:
         places.append(max(end, places[-1] + step) if places else end)
     # What was pushed beyond the top comes back down, and pushes its neighbours down in turn.
     ceiling = high
     for i in range(len(places) - 1, -1, -1):
         places[i] = min(places[i], ceiling)
         ceiling = places[i] - step
-    return {name: 10**place for place, (_, name) in zip(places, ends, strict=True)}
+    return {name: 10**place for place, (_, name) in zip(places, ordered, strict=True)}
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """Return a name as its label has room for it."""
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "~"

@@ -111,11 +111,11 @@ def render_errors(runs: Sequence[Run], sources: Sequence[str]) -> str:
             unbounded=(INFINITE, NOT_A_NUMBER),
             glossary=GLOSSARY,
             sources=sources,
-            commits=sorted({_commit(run) for run in runs}),
+            commits=sorted({commit_of(run.fingerprint) for run in runs}),
             efforts=sorted({run.effort for run in runs}),
             devices=sorted({run.device for run in runs}),
-            fingerprint_rows=_side_by_side([run.fingerprint for run in runs]),
-            claim_rows=_side_by_side([run.claims for run in runs]),
+            fingerprint_rows=side_by_side([run.fingerprint for run in runs]),
+            claim_rows=side_by_side([run.claims for run in runs]),
         )
     )
 
@@ -146,7 +146,7 @@ def render_mutants(runs: Sequence[Run], sources: Sequence[str]) -> str:
         .render(
             kills=count_kills(runs),
             sources=sources,
-            commits=sorted({_commit(run) for run in runs}),
+            commits=sorted({commit_of(run.fingerprint) for run in runs}),
             efforts=sorted({run.effort for run in runs}),
             started=min(run.started for run in runs),
         )
@@ -254,26 +254,27 @@ def _figures(standings: Sequence[Standing]) -> list[Figure]:
 
 def _drawn(panels: Sequence[Panel], frame: charts.Frame) -> list[tuple[Panel, Markup]]:
     # The only foreign text in a drawing are names of implementations, which the renderer escapes.
-    return [(panel, Markup(_without_namespaces(charts.draw(panel, frame)))) for panel in panels]  # noqa: S704
+    return [(panel, Markup(without_namespaces(charts.draw(panel, frame)))) for panel in panels]  # noqa: S704
 
 
 def _largest_x(panels: Sequence[Panel]) -> float:
     return max((x for panel in panels for series in panel.series for x, _ in series.points), default=0.0)
 
 
-def _without_namespaces(svg: str) -> str:
+def without_namespaces(svg: str) -> str:
     """Drop the namespace addresses, which an SVG inside HTML does not need: the page then holds no address at all."""
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
 
 
-def _commit(run: Run) -> str:
-    commit = run.fingerprint.get("commit")
+def commit_of(fingerprint: Mapping[str, object]) -> str:
+    """Return the commit of a fingerprint as a page names it."""
+    commit = fingerprint.get("commit")
     if not commit:
         return "of an installed copy unknown"
-    return f"{str(commit)[:10]}{' with changes' if run.fingerprint.get('dirty') else ''}"
+    return f"{str(commit)[:10]}{' with changes' if fingerprint.get('dirty') else ''}"
 
 
-def _side_by_side(mappings: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str]]]:
+def side_by_side(mappings: Sequence[Mapping[str, object]]) -> list[tuple[str, list[str]]]:
     """Return one row per key of any mapping, in order of first appearance, with a value for each."""
     keys = dict.fromkeys(key for mapping in mappings for key in mapping)
     return [(key.replace("_", " "), [_plain(mapping.get(key)) for mapping in mappings]) for key in keys]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 SCHEMA = 1
@@ -170,26 +170,36 @@ def read_rows(paths: Iterable[Path]) -> list[Run]:
         If a file cannot be read, a line is no row, a row belongs to no open run, or there is no run at all.
     """
     runs: dict[str, Run] = {}
-    names = []
-    for path in paths:
-        names.append(path.name)
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            message = f"rows file must be readable text, got {error}; run `kda verify` to make one"
-            raise RowError(message) from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                _take(_Row.parse(line, f"{path.name} line {number}"), runs)
+    files = list(paths)
+    for row in each_row(files, "kda verify"):
+        _take(row, runs)
     if not runs:
-        message = (
-            f"rows must hold at least one run, got none in {', '.join(names) or 'no file'}; nothing run is no pass"
-        )
+        names = ", ".join(path.name for path in files) or "no file"
+        message = f"rows must hold at least one run, got none in {names}; nothing run is no pass"
         raise RowError(message)
     return list(runs.values())
 
 
-def _take(row: _Row, runs: dict[str, Run]) -> None:
+def each_row(paths: Iterable[Path], command: str) -> Iterator[Fields]:
+    """Yield the rows of files, one after the other.
+
+    Raises
+    ------
+    RowError
+        If a file cannot be read, which names the command that makes one, or a line is no JSON object.
+    """
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            message = f"rows file must be readable text, got {error}; run `{command}` to make one"
+            raise RowError(message) from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield Fields.parse(line, f"{path.name} line {number}")
+
+
+def _take(row: Fields, runs: dict[str, Run]) -> None:
     kind, identifier = row.get("kind", str), row.get("run", str)
     if kind == "run":
         if identifier in runs:
@@ -211,7 +221,7 @@ def _take(row: _Row, runs: dict[str, Run]) -> None:
         run.finish = Finish(exit=row.one_of("exit", EXITS), counts=row.counts("counts"), seconds=row.number("seconds"))
 
 
-def _run(row: _Row, identifier: str) -> Run:
+def _run(row: Fields, identifier: str) -> Run:
     schema = row.get("schema", int)
     if schema != SCHEMA:
         raise row.error("schema", f"be {SCHEMA}", str(schema))
@@ -228,7 +238,7 @@ def _run(row: _Row, identifier: str) -> Run:
     )
 
 
-def _planted(row: _Row) -> Planted:
+def _planted(row: Fields) -> Planted:
     return Planted(
         kind=row.one_of("kind", PLANTED),
         what=row.get("what", str),
@@ -239,7 +249,7 @@ def _planted(row: _Row) -> Planted:
     )
 
 
-def _verdict(row: _Row) -> Verdict:
+def _verdict(row: Fields) -> Verdict:
     return Verdict(
         law=row.get("law", str),
         test=row.get("test", str),
@@ -253,7 +263,7 @@ def _verdict(row: _Row) -> Verdict:
     )
 
 
-def _measure(row: _Row) -> Measure:
+def _measure(row: Fields) -> Measure:
     worst = row.inner("worst")
     return Measure(
         law=row.get("law", str),
@@ -275,14 +285,15 @@ def _measure(row: _Row) -> Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Fields:
     """One JSON object whose fields are taken out with their types checked."""
 
     fields: Mapping[str, object]
     where: str
 
     @classmethod
-    def parse(cls, line: str, where: str) -> _Row:
+    def parse(cls, line: str, where: str) -> Fields:
+        """Read one line; ``where`` names it in errors."""
         try:
             found = json.loads(line, parse_constant=_refuse_constant)
         except ValueError as error:
@@ -294,9 +305,11 @@ class _Row:
         return cls(found, where)
 
     def error(self, name: str, rule: str, got: str) -> RowError:
+        """Return the error that says which field must follow which rule."""
         return RowError(f"{self.where}: {name} must {rule}, got {got}; write the rows again with a matching suite")
 
     def get(self, name: str, wanted: type[Value]) -> Value:
+        """Return a field of a type."""
         if name not in self.fields:
             raise self.error(name, "be present", f"a row with {', '.join(sorted(self.fields)) or 'no fields'}")
         value = self.fields[name]
@@ -305,12 +318,14 @@ class _Row:
         return value
 
     def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
+        """Return a word out of some."""
         value = self.get(name, str)
         if value not in allowed:
             raise self.error(name, f"be one of {', '.join(allowed)}", repr(value))
         return value
 
     def number(self, name: str) -> float:
+        """Return a number, which may be non-finite."""
         return self._number(name, self.get(name, object))
 
     def _number(self, name: str, value: object) -> float:
@@ -320,14 +335,17 @@ class _Row:
             raise self.error(name, "be a number, nan, inf or -inf", repr(value))
         return float(value)
 
-    def inner(self, name: str) -> _Row:
-        return _Row(self.get(name, dict), f"{self.where}, {name}")
+    def inner(self, name: str) -> Fields:
+        """Return the fields of an object inside."""
+        return Fields(self.get(name, dict), f"{self.where}, {name}")
 
     def counts(self, name: str) -> dict[str, int]:
+        """Return an object of whole numbers."""
         inner = self.inner(name)
         return {key: inner.get(key, int) for key in inner.fields}
 
     def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
+        """Return a list of pairs of numbers."""
         found = []
         for pair in self.get(name, list):
             if not isinstance(pair, list) or len(pair) != 2:  # noqa: PLR2004 - a pair
