@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ nox.options.error_on_external_run = True
 ROOT = Path(__file__).parent
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
 ROWS = ROOT / "out" / "verify" / "rows.jsonl"
+BENCHMARK = ROOT / "out" / "bench" / "benchmark.json"
 
 
 def install(session: nox.Session, *requirements: str, group: str | None = None) -> None:
@@ -111,6 +113,19 @@ def gpu(session: nox.Session) -> None:
     # A machine with a GPU brings its torch and Triton, which the constraints would replace.
     session.install("--editable", ".[peers]", "fla-core>=0.6")
     session.run("kda", "verify", "--device", "cuda", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Time implementations side by side, each judged first: nox -s bench -- --quick; tiny sizes where there is no GPU."""
+    if shutil.which("nvidia-smi"):
+        session.install("--editable", ".[peers]", "fla-core>=0.6")
+    else:
+        measure(session)
+        BENCHMARK.parent.mkdir(parents=True, exist_ok=True)
+        suite = ("pytest", "--pyargs", "kda_conformance.benchmarks", "--impl", "torch-chunkwise")
+        session.run(*suite, f"--benchmark-json={BENCHMARK}", "--benchmark-max-time=0.5")
+    session.run("kda", "bench", *session.posargs)
 
 
 @nox.session(default=False)

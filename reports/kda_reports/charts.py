@@ -101,7 +101,7 @@ def draw(panel: Panel, frame: Frame) -> str:
     return as_svg(chart, WIDTH, HEIGHT)
 
 
-def as_svg(chart: alt.LayerChart, width: float, height: float) -> str:
+def as_svg(chart: alt.LayerChart | alt.FacetChart, width: float, height: float) -> str:
     """Return a chart as an ``<svg>`` element, its panel of the given size within the margins."""
     chart = chart.properties(width=width, height=height, padding=MARGIN, autosize="none")
     chart = chart.configure(font="sans-serif", background="transparent", view=alt.ViewConfig(stroke="transparent"))

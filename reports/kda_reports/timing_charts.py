@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from kda_reports.timings import Comparison
 
 WIDTH, HEIGHT = 260, 190
-MOST_X_TICKS = 7
+MARGIN = 1.2
+MOST_X_TICKS = 6
+BINARY_THOUSANDS = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 'K' : datum.value"
 STEPS = (1.0, 2.0, 5.0)
 AXIS_TITLES = {"T": "tokens T", "H": "heads H", "B": "batch rows B", "C": "tokens per chunk C"}
 
@@ -32,7 +34,7 @@ def draw(panel: Comparison, names: Sequence[str], *, unit: float) -> str:
     unit
         What one step of the vertical axis is worth: 1e-3 draws seconds as milliseconds.
     """
-    points = [
+    points: list[dict[str, Any]] = [
         {"name": curve.name, "x": x, "y": y / unit, "low": low / unit, "high": high / unit}
         for curve in panel.curves
         for x, y, low, high in curve.points
@@ -48,8 +50,8 @@ def draw(panel: Comparison, names: Sequence[str], *, unit: float) -> str:
     x = alt.X(
         "x:Q",
         title=AXIS_TITLES[panel.axis],
-        scale=charts.scale_of((sizes[0], sizes[-1]), log=True),
-        axis=alt.Axis(values=shown, format="~s" if sizes[-1] > 1e4 else "~g", **charts.X_STYLE),  # noqa: PLR2004 - room for five digits
+        scale=charts.scale_of(_around(sizes), log=True),
+        axis=alt.Axis(values=shown, labelExpr=BINARY_THOUSANDS, **charts.X_STYLE),
     )
     y_scale = charts.scale_of(domain, log=True)
     axis = charts.y_axis([tick for tick in ticks if domain[0] <= tick <= domain[1]])
@@ -72,5 +74,5 @@ def draw(panel: Comparison, names: Sequence[str], *, unit: float) -> str:
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
-    """Return a range that holds all values and a tenth of a decade on either side."""
-    return min(values) / 10**0.1, max(values) * 10**0.1
+    """Return a range that holds all values and a margin on either side."""
+    return min(values) / MARGIN, max(values) * MARGIN
