@@ -146,8 +146,8 @@ class KdaContender:
         # The length of a chunk is no part of the case: budgets are those of the call without it.
         plain = subject.inputs(call)
         inputs = plain.replace(chunk_size=workload.chunk_size)
+        budget = subject.budget(call, plain, backward=workload.backward)
         try:
-            budget = subject.budget(call, plain, backward=workload.backward)
             if workload.backward:
                 found = subject.evaluate(call, inputs, *call.case.cotangents(inputs))
             else:

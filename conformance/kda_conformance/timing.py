@@ -149,7 +149,7 @@ def calls_in_a_turn(sides: Mapping[str, Sequence[Callable[[], object]]], clock: 
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Return the replay of one CUDA graph that holds all the calls, one after the other."""
+    """Return the replay of one CUDA graph of all the calls, one after the other; their tensors live as long as it does."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -159,7 +159,12 @@ def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph.replay
+
+    def replay(kept: Sequence[Callable[[], object]] = tuple(calls)) -> None:
+        del kept
+        graph.replay()
+
+    return replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
