@@ -1,7 +1,7 @@
 """The public functions: argument checks and the derivative.
 
-Reading order of the kernels: ``chunks`` and ``products``, ``forward_prepare``, ``forward_walk``, ``backward_walk``, ``backward_chunk``,
-``recurrent``; ``chunkwise`` launches them.
+Reading order of the kernels: ``chunks`` and ``products``, ``forward_prepare``, ``forward_walk``, ``forward_segments``,
+``backward_states``, ``backward_walk``, ``backward_chunk``, ``recurrent``; ``chunkwise`` launches them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def chunk_kda(
     safe_gate
         Accepted and not exploited: every gate is computed safely.
     chunk_size
-        Positive; tokens per chunk are the longest of 16, 32 and 64 not above it that fits the head widths.
+        Positive; an upper limit on the tokens per chunk. The forward takes 16, the backward at most 32.
 
     Returns
     -------
@@ -76,8 +76,8 @@ def chunk_kda(
     -----
     Deterministic, and prefix-causal bit for bit. Every gate is safe: a decay is only ever the exponential of a sum of log decays
     between two tokens. Float32 inputs are computed in float32; for 16-bit inputs the operands of matrix products carry
-    11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. The backward
-    keeps the inputs only.
+    11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. Where sequences and
+    heads are few, a sequence is cut into segments that are walked side by side. The backward keeps the inputs only.
 
     References
     ----------
