@@ -14,7 +14,7 @@ What the walk along the chunks needs of them, folded so that its chain of depend
     k_read = k_dec               what the state predicts
     k_write = M^T k_rest         the state after it, from what was not predicted
 
-A chunk is one or two strips of 16 tokens, and channels lie in slabs of 32, one to a warp: ``[W, 16, BC]``. What is summed over channels is
+A chunk is one strip of 16 tokens, two for the backward, and channels lie in slabs of 32, one to a warp: ``[W, 16, BC]``. What is summed over channels is
 summed in each slab first, so that a warp works on its own registers until the scores are complete.
 
 The decay of the first token is applied to the state, in float32. What is left of a channel's decay is one for that token,
@@ -96,15 +96,6 @@ def from_blocks(b_00, b_10, b_11):
     """Return the lower triangular ``[32, 32]`` matrix of three blocks ``[16, 16]``."""
     b_x = tl.join(tl.join(b_00, tl.zeros_like(b_00)), tl.join(b_10, b_11))
     return tl.reshape(tl.permute(b_x, (3, 0, 2, 1)), (2 * STRIP, 2 * STRIP))
-
-
-@triton.jit
-def to_blocks(b_x):
-    """Return the three blocks ``[16, 16]`` of a lower triangular ``[32, 32]`` matrix."""
-    b_0, b_1 = tl.split(tl.permute(tl.reshape(b_x, (2, STRIP, 2, STRIP)), (1, 3, 2, 0)))
-    b_00, _ = tl.split(b_0)
-    b_10, b_11 = tl.split(b_1)
-    return b_00, b_10, b_11
 
 
 @triton.jit
@@ -246,20 +237,10 @@ def kda_chunk_fwd_prepare_kernel(
         store_planes(solve + p_tt, b_Z, o_tt, PLANE, EXACT)
         store_planes(pull + p_tt, inverse(b_L * b_b[:, None], BT, LEVELS, EXACT), o_tt, PLANE, EXACT)
     else:
+        tl.static_assert(not TWO, "the forward folds one strip a chunk")
         b_mix = product_split(b_P * b_b[None, :], b_Z, EXACT)
         store_planes(scores + p_tt, b_mix, o_tt, PLANE, EXACT)
-        b_M = b_Z * b_b[:, None]
-        p_w = rest_rows + PLANES * p_tk
-        if TWO:
-            b_00, b_10, b_11 = to_blocks(b_mix)
-            b_q0 -= block_product(b_00, b_kd0, W, EXACT)
-            b_q1 -= block_product(b_10, b_kd0, W, EXACT) + block_product(b_11, b_kd1, W, EXACT)
-            b_00, b_10, b_11 = to_blocks(b_M)
-            b_w0 = block_product(tl.trans(b_00), b_kr0, W, EXACT) + block_product(tl.trans(b_10), b_kr1, W, EXACT)
-            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
-            store_planes(p_w, block_product(tl.trans(b_11), b_kr1, W, EXACT), o_1, BT * BK, EXACT)
-        else:
-            b_q0 -= block_product(b_mix, b_kd0, W, EXACT)
-            b_w0 = block_product(tl.trans(b_M), b_kr0, W, EXACT)
+        b_q0 -= block_product(b_mix, b_kd0, W, EXACT)
         store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
-        store_planes(p_w, b_w0, o_0, BT * BK, EXACT)
+        b_M = tl.trans(b_Z * b_b[:, None])
+        store_planes(rest_rows + PLANES * p_tk, block_product(b_M, b_kr0, W, EXACT), o_0, BT * BK, EXACT)
