@@ -14,8 +14,8 @@ What the walk along the chunks needs of them, folded so that its chain of depend
     k_read = k_dec               what the state predicts
     k_write = M^T k_rest         the state after it, from what was not predicted
 
-A chunk is one strip of 16 tokens, two for the backward, and channels lie in slabs of 32, one to a warp: ``[W, 16, BC]``. What is summed over channels is
-summed in each slab first, so that a warp works on its own registers until the scores are complete.
+A chunk is one strip of 16 tokens, two for the backward, and channels lie in slabs of 32, one to a warp: ``[W, 16, BC]``. What is summed
+over channels is summed in each slab first, so that a warp works on its own registers until the scores are complete.
 
 The decay of the first token is applied to the state, in float32. What is left of a channel's decay is one for that token,
 whatever its magnitude, so a channel that has almost forgotten the state keeps its own relative accuracy in 16 bits.
