@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from kda_reference import KdaInputs
     from torch import Tensor
 
-MEMBERS_BY_CHUNK = {16: 5, 32: 4, 64: 4, 128: 3}
+# Where a chunk begins and ends is the implementation's choice, and decides which errors cancel: 48 and 80 share few ends with the others.
+MEMBERS_BY_CHUNK = {16: 3, 32: 2, 48: 3, 64: 3, 80: 3, 128: 2}
+NEAREST_CHUNKS = (64, 128)
+TRUNCATED_CHUNKS = (16, 48, 64, 128)
 NUM_CHUNKWISE = sum(MEMBERS_BY_CHUNK.values())
 SMOOTHING_WIDTH = 17
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
@@ -85,9 +88,14 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     # Truncation errs one way, and how far depends on what is truncated alike: every choice counts in full.
     choices = (arithmetic, replace(arithmetic, diagonal_operand=None)) if arithmetic.truncates else ()
     truncated = [
-        members.chunkwise(Rounder(0, 1, device, truncates=True), choice, chunk)
-        for chunk in MEMBERS_BY_CHUNK
+        members.chunkwise(Rounder(0, 1, device, "truncate"), choice, chunk)
+        for chunk in TRUNCATED_CHUNKS
         for choice in choices
+    ]
+    rounds_operands = arithmetic.operand is not None and not arithmetic.truncates
+    nearest = [
+        members.chunkwise(Rounder(0, 1, device, "nearest"), arithmetic, chunk)
+        for chunk in (NEAREST_CHUNKS if rounds_operands else ())
     ]
     unit = U64 / U32 if arithmetic.name == "fp64" else 1.0
     kappa = ACCUMULATION * U32 * (inputs.k.shape[-1] / 2) ** 0.5
@@ -99,7 +107,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         noisy = recurrences[name][:-1] - value
         shifted = recurrences[name][-1] - value
         cut = [member[name][0] - value for member in truncated]
-        spread = _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + shifted**2
+        spread = _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + _pool(name, shifted**2)
         if cut:
             spread = spread + _pool(name, torch.stack(cut).square().sum(0))
         spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)
@@ -108,7 +116,8 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         entry = TensorBudget(value=value, variance=strict, gain_rms=0.0, strict_variance=strict)
         if name in extra:
             entry = replace(entry, variance=strict + unit**2 * extra[name])
-        gain = _gain_rms(entry, certified.bound[name], torch.cat([errors, noisy]), [shifted, *cut], unit)
+        to_nearest = [member[name][0] - value for member in nearest]
+        gain = _gain_rms(entry, certified.bound[name], torch.cat([errors, noisy]), to_nearest, [shifted, *cut], unit)
         budget[name] = replace(entry, gain_rms=gain)
     return budget
 
@@ -131,14 +140,26 @@ def _pool(name: str, x: Tensor) -> Tensor:
     return 0.5 * (x + row / mean.sqrt() * (column / mean.sqrt()))
 
 
-def _gain_rms(entry: TensorBudget, bound: Tensor, members: Tensor, systematic: list[Tensor], unit: float) -> float:
+def _gain_rms(
+    entry: TensorBudget,
+    bound: Tensor,
+    members: Tensor,
+    to_nearest: list[Tensor],
+    systematic: list[Tensor],
+    unit: float,
+) -> float:
     direction = entry.value / entry.variance
     length = float((entry.value * direction).sum())
     if length == 0:
         return 0.0
-    random = [float((error * direction).sum()) / length for error in members]
-    fixed = [float((error * direction).sum()) / length for error in systematic]
-    square = unit**2 * (sum(gain**2 for gain in random) / NUM_CHUNKWISE + sum(gain**2 for gain in fixed))
+    squares = [
+        [(float((error * direction).sum()) / length) ** 2 for error in group]
+        for group in (members, to_nearest, systematic)
+    ]
+    # To the nearest, a row times a decay close to one is the row again, whatever the element: an error that all share, where random
+    # rounding averages it away.
+    random = max(sum(squares[0]) / NUM_CHUNKWISE, sum(squares[1]) / len(NEAREST_CHUNKS))
+    square = unit**2 * (random + sum(squares[2]))
     square += (float(((entry.variance - entry.strict_variance) * direction**2).sum()) ** 0.5 / length) ** 2
     reference = float((bound * direction.abs()).sum()) / length
     return float(square**0.5 + reference)

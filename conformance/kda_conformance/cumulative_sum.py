@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kda_conformance.members import Members
 
-# The longest chunk in use; the chunks of shorter ones lie inside its own.
+# The longest chunk in use, a power of two.
 CHUNK = 128
 
 
@@ -34,10 +34,7 @@ def cumulative_sum_variance(members: Members) -> dict[str, Tensor]:
     dk = torch.cat([pair[1] for pair in members.operator_gradients])
     per_token = operands.q**2 * dq.var(0, keepdim=True) + operands.k**2 * dk.var(0, keepdim=True)
     spread = members.packing.spread(per_token)
-    tail = -spread.shape[3] % CHUNK
-    chunks = pad(spread, (0, 0, 0, tail)).unflatten(3, (-1, CHUNK))
-    summed = chunks.flip(4).cumsum(4).flip(4)
-    variance = members.packing.gather(summed.flatten(3, 4)[:, :, :, : spread.shape[3]])[0]
+    variance = members.packing.gather(_following(spread))[0]
     if not inputs.use_gate_in_kernel:
         return {"dg": variance}
     x, a_log = _gate_arguments(members)
@@ -50,6 +47,15 @@ def cumulative_sum_variance(members: Members) -> dict[str, Tensor]:
     if inputs.dt_bias is not None:
         found["ddt_bias"] = _by_chunk(members, slope_x.abs() * deviation).flatten()
     return found
+
+
+def _following(per_token: Tensor) -> Tensor:
+    """Return, for each token of ``[R, N, G, T, K]``, the sum over it and the 127 after it: its chunk may end anywhere there."""
+    total, width = per_token, 1
+    while width < CHUNK:
+        total = total + pad(total, (0, 0, 0, width))[..., width:, :]
+        width *= 2
+    return total
 
 
 def _gate_arguments(members: Members) -> tuple[Tensor, Tensor]:

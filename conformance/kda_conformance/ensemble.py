@@ -8,6 +8,7 @@ Dimension letters: R members, N sequences, G value heads, T tokens, K key width,
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 STRIP = 16
 SEQUENTIAL = 64
+LONGEST = 128
+# Kernels that call exp2 sum the gate in bits, where no round number of nats stays exact.
+CHUNKS_IN_BITS = (48, 64)
+LOG_2 = math.log(2)
 
 
 class Operands(NamedTuple):
@@ -88,7 +93,10 @@ def chunkwise_member(
 
     q, k, v, g, beta = (chunked(tensor) for tensor in x)
     store, operand = arithmetic.storage, arithmetic.operand
-    cumulative = _scan(g, rounder)
+    unit = LOG_2 if chunk in CHUNKS_IN_BITS else 1.0
+    cumulative = _scan(rounder.round(g / unit, "fp32"), rounder) * unit
+    if chunk <= STRIP * 2:
+        cumulative = _rounded_as_later(cumulative, rounder)
     last = cumulative[..., -1:, :]
     scores_qk, scores_kk = _scores(q, k, cumulative, rounder, arithmetic)
     scores_kk = rounder.round(scores_kk * beta[..., None], "fp32").tril(-1)
@@ -127,6 +135,15 @@ def _scan(g: Tensor, rounder: Rounder) -> Tensor:
         total = rounder.round(total + pad(total, (0, 0, step, 0))[..., : g.shape[-2], :], "fp32")
         step *= 2
     return total
+
+
+def _rounded_as_later(cumulative: Tensor, rounder: Rounder) -> Tensor:
+    """Round the sums of a chunk as if it had begun earlier, 128 tokens before its end at most: the larger a sum, the coarser it is."""
+    num_chunks, chunk = cumulative.shape[-3:-1]
+    reach = LONGEST // chunk - 1
+    so_far = pad(cumulative[..., -1, :].detach().cumsum(-2), (0, 0, 1 + reach, 0))
+    before = (so_far[..., reach : reach + num_chunks, :] - so_far[..., :num_chunks, :])[..., None, :]
+    return rounder.round(before + cumulative, "fp32") - before
 
 
 class _Decay(torch.autograd.Function):

@@ -7,7 +7,7 @@ axis of every tensor, and differ only in the seed mixed into the hash.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ MIX_1 = -4658895280553007687
 MIX_2 = -7723592293110705685
 ACCUMULATION = 0.4
 UNIFORM_TO_UNIT_VARIANCE = 12.0**0.5
+Mode = Literal["stochastic", "nearest", "truncate"]
 
 
 def member_seeds(first: int, count: int, num_axes: int, device: torch.device) -> Tensor:
@@ -61,6 +62,16 @@ def truncate(x: Tensor, fmt: str) -> Tensor:
     return (x.contiguous().view(torch.int64) & ~mask).view(torch.float64)
 
 
+def round_to_nearest(x: Tensor, fmt: str) -> Tensor:
+    """Round float64 ``x`` to the significand of ``fmt``, ties to even, as processors do."""
+    dropped = FLOAT64_BITS - SIGNIFICAND_BITS[fmt]
+    mask, bits = (1 << dropped) - 1, x.contiguous().view(torch.int64)
+    rounded = ((bits + (mask >> 1) + ((bits >> dropped) & 1)) & ~mask).view(torch.float64)
+    if fmt != "fp16":
+        return rounded
+    return torch.where(x.abs() < FP16_SMALLEST_NORMAL, torch.round(x / FP16_QUANTUM) * FP16_QUANTUM, rounded)
+
+
 class Rounder:
     """The rounding rules of one group of members; every hook rounds the cotangent too.
 
@@ -70,19 +81,22 @@ class Rounder:
         Seeds of the members on the leading axis.
     device
         Where the tensors live.
-    truncates
-        Cut operands instead of rounding them stochastically: one deterministic member.
+    mode
+        ``stochastic``; or one deterministic member: ``nearest`` rounds as processors do, ``truncate`` cuts tf32 operands and rounds
+        nothing else.
     """
 
-    def __init__(self, first_seed: int, count: int, device: torch.device, *, truncates: bool = False) -> None:
-        self.first_seed, self.count, self.device, self.truncates = first_seed, count, device, truncates
+    def __init__(self, first_seed: int, count: int, device: torch.device, mode: Mode = "stochastic") -> None:
+        self.first_seed, self.count, self.device, self.mode = first_seed, count, device, mode
 
     def raw(self, x: Tensor, fmt: str | None) -> Tensor:
         """Round outside of the derivative graph; ``None`` leaves ``x`` alone."""
         if fmt is None:
             return x
-        if self.truncates:
+        if self.mode == "truncate":
             return truncate(x, fmt) if fmt == "tf32" else x
+        if self.mode == "nearest":
+            return round_to_nearest(x, fmt)
         return round_stochastically(x, fmt, member_seeds(self.first_seed, self.count, x.dim(), self.device))
 
     def round(self, x: Tensor, fmt: str | None) -> Tensor:
@@ -106,8 +120,8 @@ class Rounder:
         square_of_sums
             ``S^2``; ``None`` means that of ``product``.
         """
-        if self.truncates:
-            return product
+        if self.mode != "stochastic":
+            return self.raw(product, "fp32")
         square_of_sums = product**2 if square_of_sums is None else square_of_sums
         deviation = ACCUMULATION * U32 * (num_terms / 2) ** 0.5 * (sum_of_squares + square_of_sums).sqrt()
         seeds = member_seeds(self.first_seed + 7919, self.count, product.dim(), self.device)

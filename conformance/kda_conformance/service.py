@@ -65,9 +65,9 @@ def _key(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None, arit
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(
-                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            )
+            # A copy, whose strides are those of its shape even where an axis of one element would allow others.
+            plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(plain.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()
