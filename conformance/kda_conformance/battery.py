@@ -54,7 +54,7 @@ STANDARD = tuple(
         "T=16,15,17,64,0,33 H=2 G=4 K=16 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=23",
         "T=150 K=64 V=64 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=24",
         "T=150 K=60 V=100 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 seed=25",
-        "T=70 gate=uniform gate_form=bounded slope=0 l2norm=1 sigmoid=1 seed=26",
+        "T=70 gate=uniform gate_form=bounded slope=0 bias=0 l2norm=1 sigmoid=1 seed=26",
         "T=140 K=128 V=128 seed=27",
         "T=192 gate=zero keys=same strengths=one beta_max=2 values=alternating K=16 V=16 seed=28",
         "T=128 gate=zero keys=same strengths=one K=16 V=16 seed=29",
@@ -68,6 +68,15 @@ STANDARD = tuple(
         "T=100 gate=spikes gate_form=softplus keys=near strengths=near_one l2norm=1 seed=37",
         "T=64 H=2 G=2 K=8 V=48 gate=cliffs cotangent=o seed=38",
         "T=257 K=32 V=32 gate=layer seed=39",
+        "T=24 K=256 V=16 seed=46",
+        "T=24 K=16 V=256 gate=holes seed=47",
+        "T=40 H=1 G=2 K=16 V=16 gate=layer gate_form=softplus bias=0 l2norm=1 seed=48",
+        "T=40 K=16 V=16 gate=uniform gate_form=bounded slope=0 seed=66",
+        "T=40 K=16 V=16 gate=uniform gate_form=bounded bias=0 seed=67",
+        "T=54 K=16 V=16 gate=mixed keys=positive strengths=one sigmoid=1 beta_max=2 seed=68",
+        "B=2 T=30 H=2 G=2 K=16 V=16 gate=layer v_first=1 seed=69",
+        "T=70 K=16 V=16 gate=uniform safe=1 seed=74",
+        "T=530 K=8 V=8 gate=mixed seed=75",
         "T=70 K=16 V=16 gate=layer values=huge state=0 seed=44",
         "T=70 K=16 V=16 gate=layer values=least state=0 cotangent=state seed=45",
     )
@@ -109,6 +118,7 @@ RELATIONS = tuple(
         "T=70 H=1 G=2 K=32 V=16 gate=layer gate_form=softplus l2norm=1 sigmoid=1 seed=51",
         "T=66 K=16 V=16 gate=spikes keys=near strengths=near_one seed=52",
         "T=40 B=2 K=17 V=20 gate=hundreds seed=53",
+        "T=22 H=2 G=2 K=16 V=16 gate=uniform safe=1 seed=49",
     )
 )
 """Calls on which the relations between two calls are checked."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RAW_NORM = 5.0
 LARGEST_LOGIT = 40.0
 SHALLOW = 4.0
+SEEDS_APART = 1000
 # The fp64 budget is the fp32 one scaled down, which holds while errors are linear in the unit roundoff: short of saturation.
 LARGEST_WIDE_LOGIT = 14.0
 
@@ -57,12 +58,14 @@ class Case:
         States are ``[N, G, V, K]``.
     scale
         0 means the default ``K ** -0.5``.
-    slope
-        Whether ``A_log`` and ``dt_bias`` are given to a bounded gate.
+    slope, bias
+        Whether ``A_log`` is given to a bounded gate, and ``dt_bias`` to either gate.
     shallow
         Whether the slope of the gate is ``e^-4`` of the layer's, so that a strong decay takes a large logit.
     bound
         ``lower_bound`` of a bounded gate, nats; a decay beyond it saturates the gate.
+    safe
+        Whether the caller promises, by ``safe_gate``, that a log decay given from outside does not go below ``bound``.
     seed
         Of everything drawn.
     """
@@ -87,8 +90,10 @@ class Case:
     v_first: bool = False
     scale: float = 0.0
     slope: bool = True
+    bias: bool = True
     shallow: bool = False
     bound: float = regimes.LOWER_BOUND
+    safe: bool = False
     seed: int = 0
 
     @property
@@ -150,6 +155,10 @@ class Case:
         """Return a copy with some fields changed."""
         return replace(self, **changes)
 
+    def redrawn(self, number: int) -> Case:
+        """Return the case with everything drawn anew; number 0 is the case itself."""
+        return self.replace(seed=self.seed + number * SEEDS_APART)
+
     def unclaimed(self, claims: Claims) -> str | None:
         """Return the claim this case needs and does not have, or ``None``."""
         needs = {
@@ -160,8 +169,9 @@ class Case:
             "scale": self.scale != 0,
             "l2norm_in_kernel": self.l2norm,
             "gate_in_kernel": self.gate_form != "log_decay",
-            "bounded_gate": self.gate_form == "bounded",
+            "bounded_gate": self.gate_form == "bounded" or self.safe,
             "beta_sigmoid_in_kernel": self.sigmoid,
+            "allow_neg_eigval": self.sigmoid and self.beta_max > 1,
             "empty": 0 in self.T,
         }
         for name, needed in needs.items():
@@ -184,6 +194,8 @@ class Case:
             q, k = q * RAW_NORM, k * RAW_NORM
         v = regimes.VALUES[self.values](draw, (*group_heads, self.V))
         decay = regimes.GATES[self.gate](draw, (*group_heads, self.K))
+        if self.safe:
+            decay = decay.clamp(min=self.bound)
         beta = regimes.STRENGTHS[self.strengths](draw, group_heads) * self.beta_max
         state = draw.normal((len(self.T) if self.packed else batch, self.G, self.K, self.V)) if self.state else None
         parameters = self._gate(draw, decay, wide=dtype == torch.float64)
@@ -209,8 +221,8 @@ class Case:
             use_gate_in_kernel=self.gate_form != "log_decay",
             use_beta_sigmoid_in_kernel=self.sigmoid,
             allow_neg_eigval=self.sigmoid and self.beta_max > 1,
-            safe_gate=self.gate_form == "bounded",
-            lower_bound=self.bound if self.gate_form == "bounded" else None,
+            safe_gate=self.gate_form == "bounded" or self.safe,
+            lower_bound=self.bound if self.gate_form == "bounded" or self.safe else None,
             state_v_first=self.v_first,
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -230,11 +242,11 @@ class Case:
         else:
             least = 1e-6 if wide else 1e-12
             share = (decay / self.bound).clamp(least, 1 - least)
-            x = (share / (1 - share)).log()
-            if not self.slope:
-                return {"g": x}
-            x = x / slope
-        return {"g": x - dt_bias.reshape(self.G, self.K), "A_log": a_log, "dt_bias": dt_bias}
+            x = (share / (1 - share)).log() / (slope if self.slope else 1)
+        found = {"g": x - dt_bias.reshape(self.G, self.K) if self.bias else x}
+        if self.slope or self.gate_form == "softplus":
+            found["A_log"] = a_log
+        return {**found, "dt_bias": dt_bias} if self.bias else found
 
     def cotangents(self, inputs: KdaInputs) -> tuple[Tensor | None, Tensor | None]:
         """Draw the cotangents of ``o`` and of the final state, each ``None`` when the case leaves it out."""

@@ -36,8 +36,8 @@ class Claims:
         Gradients of every differentiable input.
     initial_state, packed, grouped_values, scale, state_v_first
         Support of the arguments of these names (``packed``: ``cu_seqlens``).
-    l2norm_in_kernel, gate_in_kernel, bounded_gate, beta_sigmoid_in_kernel
-        Support of the in-kernel activations.
+    l2norm_in_kernel, gate_in_kernel, bounded_gate, beta_sigmoid_in_kernel, allow_neg_eigval
+        Support of the in-kernel activations, of the promise ``safe_gate``, and of doubled write strengths.
     empty
         Support of T = 0 and of empty packed sequences.
     deterministic
@@ -45,7 +45,8 @@ class Claims:
     prefix_causal
         Outputs of a prefix do not change by one bit when later tokens change.
     checks_arguments
-        Arguments that contradict the contract are refused with an exception.
+        Arguments that contradict the contract are refused with an exception. ``None`` leaves it open: who refuses any call that
+        arithmetic does not stumble over must refuse them all, and of who refuses none it is recorded only.
     chunk_size
         ``chunk_size`` may be 32, and changes nothing beyond rounding; claimed for a function that names the argument.
     head_widths
@@ -70,10 +71,11 @@ class Claims:
     gate_in_kernel: bool = True
     bounded_gate: bool = True
     beta_sigmoid_in_kernel: bool = True
+    allow_neg_eigval: bool = True
     empty: bool = True
     deterministic: bool = True
     prefix_causal: bool = True
-    checks_arguments: bool = True
+    checks_arguments: bool | None = None
     chunk_size: bool = False
     head_widths: frozenset[int] | None = None
     max_k_width: int | None = None
@@ -89,7 +91,7 @@ class Claims:
         return plain
 
 
-FLAGS = tuple(item.name for item in fields(Claims) if item.type == "bool")
+FLAGS = tuple(item.name for item in fields(Claims) if str(item.type).startswith("bool"))
 
 
 def narrow(claims: Claims, changes: Mapping[str, Any], source: str) -> Claims:

@@ -38,17 +38,17 @@ class ExactProblem:
     final_state: Tensor
 
 
-def problems(dtype: str, device: str, claims: Claims) -> Iterator[ExactProblem]:
-    """Yield exact problems within the claims."""
-    for seed, (length, heads, value_heads, k_width, v_width) in enumerate(SIZES):
+def problems(dtype: str, device: str, claims: Claims, seed: int) -> Iterator[ExactProblem]:
+    """Yield exact problems within the claims, in the draw of a number."""
+    for number, (length, heads, value_heads, k_width, v_width) in enumerate(SIZES):
         # K = 16 makes the default scale 1/4, a power of two, for implementations that take no scale.
         if not claims.scale:
             k_width = 16  # noqa: PLW2901
         if value_heads != heads and not claims.grouped_values:
             value_heads = heads  # noqa: PLW2901
         case = Case(
-            T=(length,), H=heads, G=value_heads, K=k_width, V=v_width, seed=seed, scale=0.25 if claims.scale else 0.0
-        )
+            T=(length,), H=heads, G=value_heads, K=k_width, V=v_width, seed=number, scale=0.25 if claims.scale else 0.0
+        ).redrawn(seed)
         if case.unclaimed(claims) not in (None, "initial_state"):
             continue
         yield _problem(case, dtype, device, with_state=claims.initial_state)

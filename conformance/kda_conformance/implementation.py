@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+# Without the argument, not the claim.
 CLAIM_OF_PARAMETER = {
     "cu_seqlens": "packed",
     "initial_state": "initial_state",
@@ -24,7 +25,11 @@ CLAIM_OF_PARAMETER = {
     "state_v_first": "state_v_first",
     "use_qk_l2norm_in_kernel": "l2norm_in_kernel",
     "use_gate_in_kernel": "gate_in_kernel",
+    "A_log": "gate_in_kernel",
+    "dt_bias": "gate_in_kernel",
     "lower_bound": "bounded_gate",
+    "safe_gate": "bounded_gate",
+    "allow_neg_eigval": "allow_neg_eigval",
     "use_beta_sigmoid_in_kernel": "beta_sigmoid_in_kernel",
 }
 ALWAYS_PASSED = ("q", "k", "v", "g", "beta", "output_final_state")

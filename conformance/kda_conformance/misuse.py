@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from kda_conformance.cases import Case
-from kda_conformance.claims import DTYPES
 from kda_conformance.subject import Call
 
 if TYPE_CHECKING:
@@ -32,21 +31,23 @@ class Mistake:
         Turns the legal call into the wrong one.
     needs
         A claim without which the mistake cannot be made, or ``None``.
+    deliberate
+        Whether only a check refuses it: the arithmetic would go through.
     """
 
     name: str
     case: str
     apply: Callable[[KdaInputs], KdaInputs]
     needs: str | None = None
+    deliberate: bool = False
 
     def __str__(self) -> str:
         """Return what is wrong."""
         return self.name
 
-    def call(self, dtype: str, device: str) -> tuple[Call, KdaInputs]:
-        """Return the call and its wrong arguments."""
-        call = Call(Case.parse(self.case), dtype)
-        return call, self.apply(call.case.inputs(DTYPES[dtype], device))
+    def call(self, dtype: str) -> Call:
+        """Return the legal call that the mistake is made in."""
+        return Call(Case.parse(self.case), dtype)
 
 
 PLAIN = "T=20 H=1 G=1 K=16 V=8"
@@ -71,18 +72,18 @@ MISTAKES = (
     Mistake("offsets that decrease", PACKED, _offsets(0, 13, 7, 20), "packed"),
     Mistake("offsets that stop early", PACKED, _offsets(0, 7, 19), "packed"),
     Mistake("offsets beyond the end", PACKED, _offsets(0, 7, 21), "packed"),
-    Mistake("offsets that start late", PACKED, _offsets(1, 7, 20), "packed"),
+    Mistake("offsets that start late", PACKED, _offsets(1, 7, 20), "packed", deliberate=True),
     Mistake("packing with two batch rows", "B=2 T=20 H=1 G=1 K=16 V=8 state=0", _offsets(0, 7, 20), "packed"),
-    Mistake("a lower bound below -5", "T=20 K=16 V=8 gate_form=bounded", lambda x: x.replace(lower_bound=-6.0)),
-    Mistake("a lower bound of zero", "T=20 K=16 V=8 gate_form=bounded", lambda x: x.replace(lower_bound=0.0)),
+    Mistake("a lower bound below -5", "T=20 K=16 V=8 gate_form=bounded", lambda x: x.replace(lower_bound=-6.0), deliberate=True),
+    Mistake("a lower bound of zero", "T=20 K=16 V=8 gate_form=bounded", lambda x: x.replace(lower_bound=0.0), deliberate=True),
     Mistake("a softplus gate without A_log", "T=20 K=16 V=8 gate_form=softplus", lambda x: x.replace(A_log=None, dt_bias=None)),
-    Mistake("doubled beta without its sigmoid", PLAIN, lambda x: x.replace(allow_neg_eigval=True), "beta_sigmoid_in_kernel"),
+    Mistake("doubled beta without its sigmoid", PLAIN, lambda x: x.replace(allow_neg_eigval=True), "allow_neg_eigval"),
 )  # fmt: skip
 
 
-def strided(inputs: KdaInputs) -> KdaInputs:
-    """Return the same values as every second column of wider tensors whose other columns are NaN."""
-    return inputs.replace(**{name: _with_gaps(tensor) for name, tensor in inputs.tensors().items()})
+def arranged(inputs: KdaInputs, arrange: Callable[[Tensor], Tensor]) -> KdaInputs:
+    """Return the same values with every tensor laid out anew."""
+    return inputs.replace(**{name: arrange(tensor) for name, tensor in inputs.tensors().items()})
 
 
 def _with_gaps(tensor: Tensor) -> Tensor:
@@ -91,12 +92,30 @@ def _with_gaps(tensor: Tensor) -> Tensor:
     return wide[..., 0]
 
 
+def _heads_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.dim() > 2 else tensor  # noqa: PLR2004 - A_log has no tokens
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"gaps": _with_gaps, "heads-first": _heads_first}
+"""Every second column of wider tensors whose other columns are NaN; and views of ``[B, heads, T, width]``."""
+
+
+def shared_by_heads(inputs: KdaInputs) -> KdaInputs:
+    """Return the call with the gate, strength and state of its first value head in all of them, as views of stride zero."""
+    state = inputs.initial_state
+    return inputs.replace(
+        g=inputs.g[:, :, :1].expand(inputs.g.shape),
+        beta=inputs.beta[:, :, :1].expand(inputs.beta.shape),
+        initial_state=None if state is None else state[:1, :1].expand(state.shape),
+    )
+
+
 GUARD_ELEMENTS = 256
 
 
 def guarded(inputs: KdaInputs) -> KdaInputs:
     """Return the same values as contiguous tensors that lie between NaN in memory."""
-    return inputs.replace(**{name: _between_guards(tensor) for name, tensor in inputs.tensors().items()})
+    return arranged(inputs, _between_guards)
 
 
 def _between_guards(tensor: Tensor) -> Tensor:

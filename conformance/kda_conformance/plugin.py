@@ -17,7 +17,7 @@ from kda_conformance.claims import DTYPES, UsageError, narrow, read_claims
 from kda_conformance.devices import choose_device
 from kda_conformance.discovery import find_implementation
 from kda_conformance.rows import RowWriter, run_row
-from kda_conformance.subject import Call, LawViolation, Subject
+from kda_conformance.subject import RECORDED, Call, LawViolation, Subject
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -53,6 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="once a law is broken, skip its other calls",
     )
+    group.addoption(
+        "--kda-seed", dest="kda_seed", type=int, default=0, metavar="N", help="judge the N-th draw of every call"
+    )
     group.addoption("--law", dest="kda_law", help="run only this law")
     group.addoption("--case", dest="kda_case", help="run laws on this case instead of the battery")
     group.addoption("--dtype", dest="kda_dtype", choices=sorted(DTYPES), help="run only this input dtype")
@@ -87,8 +90,10 @@ def _subject(config: pytest.Config) -> Subject:
     if path := config.getoption("kda_claims"):
         claims = narrow(claims, read_claims(Path(path)), path)
         options += f" --claims {path}"
+    if seed := config.getoption("kda_seed"):
+        options += f" --seed {seed}"
     device = choose_device(config.getoption("kda_device"), claims, spec)
-    return Subject(implementation=implementation, claims=claims, device=device, spec=spec, options=options)
+    return Subject(implementation=implementation, claims=claims, device=device, spec=spec, options=options, seed=seed)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -114,20 +119,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             raise pytest.UsageError(str(error)) from error
     else:
         effort = metafunc.config.getoption("kda_effort")
-        calls = _calls(marker.kwargs.get("cases", battery.cases_at)(effort), dtypes, effort)
+        cases = tuple(case.redrawn(subject.seed) for case in marker.kwargs.get("cases", battery.cases_at)(effort))
+        if effort == "quick":
+            # Where a law has calls of its own, dtypes take turns from the first one on, and not every law begins with the same.
+            start, shared = (len(marker.args[0]), 0) if "cases" in marker.kwargs else (0, 2)
+            calls = _taking_turns(cases, dtypes, start, shared)
+        else:
+            calls = [Call(case, dtype) for case in cases for dtype in _fitting(case, dtypes)]
     metafunc.parametrize("call", calls, ids=str)
 
 
-def _calls(cases: tuple[Case, ...], dtypes: list[str], effort: str) -> list[Call]:
-    """Cross cases and dtypes; at quick effort dtypes take turns, after the first two cases, which all of them run."""
+def _taking_turns(cases: tuple[Case, ...], dtypes: list[str], start: int, shared: int) -> list[Call]:
+    """Give every case one dtype after the other, but the first ``shared`` cases all of them."""
     calls = []
     for i, case in enumerate(cases):
-        turn = dtypes if effort != "quick" or i < 2 else [dtypes[i % len(dtypes)]]  # noqa: PLR2004 - the cases all dtypes run
-        fitting = [dtype for dtype in turn if battery.fits(case, dtype)]
-        if not fitting:
-            fitting = [dtype for dtype in dtypes if battery.fits(case, dtype)][:1]
-        calls += [Call(case, dtype) for dtype in fitting]
+        fitting = _fitting(case, dtypes)
+        turn = dtypes[(start + i) % len(dtypes)]
+        chosen = fitting if i < shared else [turn] if turn in fitting else fitting[:1]
+        calls += [Call(case, dtype) for dtype in chosen]
     return calls
+
+
+def _fitting(case: Case, dtypes: list[str]) -> list[str]:
+    return [dtype for dtype in dtypes if battery.fits(case, dtype)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -224,7 +238,7 @@ def _verdict(
     scores = [row["score"] for row in measures]
     message = ""
     if report.skipped and isinstance(report.longrepr, tuple):
-        message = report.longrepr[2].removeprefix("Skipped: ")
+        message = report.longrepr[2].removeprefix("Skipped: ").removeprefix(RECORDED)
     elif call.excinfo is not None:
         message = str(call.excinfo.value) or call.excinfo.typename
     elif report.failed:
@@ -250,10 +264,14 @@ def _outcome(report: pytest.TestReport) -> str:
     if hasattr(report, "wasxfail"):
         return "xfail" if report.skipped else "fail"
     if report.skipped:
-        return "unclaimed"
+        return "may" if _only_recorded(report) else "unclaimed"
     if report.failed:
         return "fail" if report.when == "call" else "error"
     return "pass"
+
+
+def _only_recorded(report: pytest.TestReport) -> bool:
+    return isinstance(report.longrepr, tuple) and RECORDED in report.longrepr[2]
 
 
 @pytest.hookimpl(trylast=True)
@@ -264,7 +282,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
         and any(name == REPORTED for name, _ in report.user_properties)
         and not hasattr(report, "wasxfail")
     ):
-        return "unclaimed", "u", "UNCLAIMED"
+        return ("recorded", "r", "RECORDED") if _only_recorded(report) else ("unclaimed", "u", "UNCLAIMED")
     return None
 
 

@@ -88,7 +88,8 @@ def disturb(inputs: KdaInputs, span: slice, state_rows: slice | None = None) -> 
         tensor = getattr(inputs, name).clone()
         part = tensor[:, span]
         if name == "g" and not inputs.use_gate_in_kernel:
-            tensor[:, span] = part * 0.5 - 3.0
+            # Stays above -5 where the call promises that.
+            tensor[:, span] = part * 0.5 - 2.5
         elif name == "beta" and not inputs.use_beta_sigmoid_in_kernel:
             tensor[:, span] = 1 - 0.5 * part
         else:
@@ -131,6 +132,14 @@ def values_first(inputs: KdaInputs) -> KdaInputs:
     state = inputs.initial_state
     turned = None if state is None else state.transpose(-1, -2).contiguous()
     return inputs.replace(initial_state=turned, state_v_first=True)
+
+
+def poison(inputs: KdaInputs, names: tuple[str, ...], at: int) -> KdaInputs:
+    """Make the named arguments NaN at one token of the first batch row."""
+    changed = {name: getattr(inputs, name).clone() for name in names}
+    for tensor in changed.values():
+        tensor[0, at] = torch.nan
+    return inputs.replace(**changed)
 
 
 def poison_head(inputs: KdaInputs, head: int) -> KdaInputs:

@@ -78,7 +78,7 @@ class RowWriter:
 def run_row(subject: Subject, effort: str, run: str) -> dict[str, Any]:
     """Return the opening row: who is judged, on what claims, where."""
     opening = _opening(subject.implementation.name, subject.implementation.version, effort, run)
-    return {**opening, "device": subject.device, "claims": subject.claims.describe()}
+    return {**opening, "seed": subject.seed, "device": subject.device, "claims": subject.claims.describe()}
 
 
 def _opening(implementation: str, version: str, effort: str, run: str) -> dict[str, Any]:

@@ -18,15 +18,20 @@ from kda_conformance.members import GRADIENT_OF
 from kda_conformance.rounding import Exact
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kda_reference import KdaInputs, KdaResult
     from torch import Tensor
 
+    from kda_conformance.arithmetic import Arithmetic
     from kda_conformance.budget import Budget
     from kda_conformance.cases import Case
     from kda_conformance.implementation import Implementation
 
 BINS = 48
-KEPT_RESULTS = 64
+RECORDED = "recorded only: "
+# More than the calls of the battery, so that laws on one call share its results.
+KEPT_RESULTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class Subject:
         What the user typed after ``--impl``; reproductions repeat it.
     options
         Further options a reproduction must repeat.
+    seed
+        Which draw of every call is judged.
     law, test
         What is running now; set by the plugin before each test.
     measures
@@ -78,6 +85,7 @@ class Subject:
     device: str
     spec: str
     options: str = ""
+    seed: int = 0
     law: str = ""
     test: str = ""
     measures: list[dict[str, Any]] = field(default_factory=list)
@@ -109,16 +117,19 @@ class Subject:
         self.check_form(call, inputs, found)
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def run(self, call: Call, inputs: KdaInputs, cotangents: Sequence[Tensor | None] | None) -> dict[str, Tensor]:
+        """Run a call, with gradients where cotangents are given; return what it gives by name."""
+        if cotangents is not None:
+            return self.evaluate(call, inputs, *cotangents)
+        result = self.forward(call, inputs)
+        return {"o": result.o, "final_state": result.final_state}  # type: ignore[dict-item]
+
     def results(self, call: Call, *, backward: bool) -> dict[str, Tensor]:
         """Return what the implementation makes of the call itself; computed once per call."""
         key = f"{call}|{backward}"
         if key not in self._results:
             inputs = self.inputs(call)
-            if backward:
-                found = self.evaluate(call, inputs, *call.case.cotangents(inputs))
-            else:
-                result = self.forward(call, inputs)
-                found = {"o": result.o, "final_state": result.final_state}  # type: ignore[dict-item]
+            found = self.run(call, inputs, call.case.cotangents(inputs) if backward else None)
             if len(self._results) >= KEPT_RESULTS:
                 self._results.pop(next(iter(self._results)))
             self._results[key] = found
@@ -129,7 +140,11 @@ class Subject:
         inputs = self.inputs(call) if inputs is None else inputs
         backward = self.claims.backward if backward is None else backward
         cotangents = call.case.cotangents(inputs) if backward else (None, None)
-        return service.budget_of(inputs, *cotangents, CLASSES[self.claims.precision[call.dtype]])
+        return service.budget_of(inputs, *cotangents, self.arithmetic(call))
+
+    def arithmetic(self, call: Call) -> Arithmetic:
+        """Return the arithmetic that is claimed for the call's dtype."""
+        return CLASSES[self.claims.precision[call.dtype]]
 
     def check_form(self, call: Call, inputs: KdaInputs, found: dict[str, Tensor | None]) -> None:
         """Demand the shapes and dtypes of the contract."""
@@ -183,6 +198,13 @@ class Subject:
                 f"  one {judgement.got!r}, other {judgement.expected!r}, bound {judgement.bound:.3g}",
             )
 
+    def agree(self, call: Call, one: dict[str, Tensor], two: dict[str, Tensor], budget: Budget) -> None:
+        """Demand that two evaluations of a call agree in every tensor that has a budget."""
+        __tracebackhide__ = True
+        for name, tensor in one.items():
+            if name in budget:
+                self.compare(call, name, tensor, two[name], budget[name].variance.sqrt())
+
     def same_bits(self, call: Call, name: str, one: Tensor, two: Tensor, what: str) -> None:
         """Demand that two tensors are equal bit for bit (zeros of either sign are equal)."""
         __tracebackhide__ = True
@@ -204,6 +226,11 @@ class Subject:
             f"  {what}\n  {self.reproduction(call)}"
         )
         raise LawViolation(message, call)
+
+    @staticmethod
+    def record_only(what: str) -> NoReturn:
+        """End the running test with the outcome ``may``: recorded, and no failure."""
+        pytest.skip(f"{RECORDED}{what}")
 
     def reproduction(self, call: Call) -> str:
         """Return the one-line command that runs this law on this case again."""

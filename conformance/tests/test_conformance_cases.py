@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kda_conformance import battery, strategies
+from kda_conformance import battery, exact, strategies
 from kda_conformance.cases import Case
 from kda_conformance.claims import Claims, UsageError
 from kda_reference import check_inputs, check_values
@@ -20,6 +20,19 @@ def test_a_case_reads_back_and_is_a_legal_call(case: Case) -> None:
     check_values(one)
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, two.tensors()[name])
+
+
+@pytest.mark.parametrize("case", battery.cases_at("standard"), ids=str)
+def test_another_draw_changes_every_tensor_that_is_drawn(case: Case) -> None:
+    one, two = (each.inputs(torch.float32).tensors() for each in (case, case.redrawn(3)))
+    drawn = {"q", "k", "v"} if case.num_tokens else set()
+    assert all(not torch.equal(one[name], two[name]) for name in drawn | ({"initial_state"} & set(one)))
+    assert Case.parse(str(case.redrawn(3))).redrawn(-3) == case
+
+
+def test_another_draw_reaches_the_exact_problems() -> None:
+    one, two = (next(exact.problems("float32", "cpu", Claims(), seed)) for seed in (0, 1))
+    assert not torch.equal(one.inputs.v, two.inputs.v)
 
 
 @given(data=st.data())

@@ -37,7 +37,26 @@ def future_leaks(q, k, v, g, beta, **options):
 def gradient_of_beta_lost(q, k, v, g, beta, **options):
     return right(q, k, v, g, beta.detach() + 0 * beta, **options)
 
-for function in (right, one_channel_of_one_token, state_of_another_sequence, future_leaks, gradient_of_beta_lost):
+def checks_nothing(q, k, v, g, beta, initial_state=None, cu_seqlens=None, lower_bound=None, allow_neg_eigval=False,
+                   use_beta_sigmoid_in_kernel=False, **options):
+    if lower_bound is not None:
+        lower_bound = -1.0
+    if initial_state is not None:
+        initial_state = initial_state.float()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.clamp(max=q.shape[1]).cummax(0).values
+        cu_seqlens[0], cu_seqlens[-1] = 0, q.shape[1]
+    return right(q, k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens, lower_bound=lower_bound,
+                 allow_neg_eigval=allow_neg_eigval and use_beta_sigmoid_in_kernel,
+                 use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, **options)
+
+def checks_the_bound(*operands, lower_bound=None, **options):
+    assert lower_bound is None or -5 <= lower_bound < 0
+    return checks_nothing(*operands, lower_bound=lower_bound, **options)
+
+for function in (
+    checks_nothing, checks_the_bound, right, one_channel_of_one_token, state_of_another_sequence, future_leaks, gradient_of_beta_lost,
+):
     function.precision = "fp32"
 not_callable = 3
 """
@@ -99,6 +118,17 @@ def test_the_unchanged_implementation_passes_and_leaves_complete_rows(implementa
     assert kinds[0] == "run"
     assert kinds[-1] == "finish"
     assert kinds.count("verdict") == kinds.count("measure")
+
+
+def test_refusals_are_demanded_of_who_refuses_anything_and_recorded_of_who_refuses_nothing(
+    implementation: Path, tmp_path: Path
+) -> None:
+    outcomes = {}
+    for name in ("checks_nothing", "checks_the_bound"):
+        rows = tmp_path / f"{name}.jsonl"
+        run_suite("--impl", f"{implementation}:{name}", "--law", "wrong-arguments-are-refused", "--kda-rows", str(rows))
+        outcomes[name] = {row["outcome"] for row in map(json.loads, rows.read_text().splitlines()) if "outcome" in row}
+    assert outcomes == {"checks_nothing": {"pass", "may"}, "checks_the_bound": {"pass", "fail"}}
 
 
 def test_a_run_that_judges_nothing_is_no_pass(implementation: Path, tmp_path: Path) -> None:

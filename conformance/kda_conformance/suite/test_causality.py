@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kda_conformance import battery, relations
+from kda_conformance.cases import Case
 
 if TYPE_CHECKING:
     from kda_conformance.subject import Call, Subject
@@ -53,6 +54,26 @@ def test_gradients_of_a_loss_on_a_prefix_do_not_see_later_tokens(subject: Subjec
         subject.same_bits(call, name, two[name][:, :cut], one[name][:, :cut], f"tokens from {cut} on change")
         late = one[name][:, cut:]
         subject.same_bits(call, name, late, late * 0, f"the loss ends at token {cut}, so later gradients are zero")
+
+
+LONGEST_CHUNK = 256
+
+
+def long_call(effort: str) -> tuple[Case, ...]:
+    """Return a call of more tokens than a chunk has."""
+    del effort
+    return (Case.parse("T=330 K=16 V=16 gate=mixed seed=65"),)
+
+
+@pytest.mark.law("not-a-number-stays-in-its-chunk", cases=long_call)
+def test_a_token_that_is_no_number_leaves_earlier_chunks_alone(subject: Subject, call: Call) -> None:
+    """NaN in q, k and v of a token changes no bit of the outputs before its chunk; a chunk has at most 256 tokens."""
+    _require(subject)
+    inputs, at = subject.inputs(call), call.case.num_tokens - 10
+    before = subject.results(call, backward=False)["o"]
+    after = subject.forward(call, relations.poison(inputs, ("q", "k", "v"), at)).o
+    kept = at - LONGEST_CHUNK + 1
+    subject.same_bits(call, "o", after[:, :kept], before[:, :kept], f"token {at} holds NaN")
 
 
 def _require(subject: Subject) -> None:

@@ -53,6 +53,19 @@ def test_a_value_that_is_no_number_stays_in_its_head(subject: Subject, call: Cal
     subject.same_bits(call, "final_state", after.final_state[:, :head], before["final_state"][:, :head], what)
 
 
+@pytest.mark.law("not-a-number-stays-in-its-row", cases=many_headed)
+def test_a_token_that_is_no_number_stays_in_its_row(subject: Subject, call: Call) -> None:
+    """NaN in q, k and v of a token of the first batch row changes no bit of the other rows."""
+    if call.case.B == 1:
+        pytest.skip("not about this case: one batch row")
+    before = subject.results(call, backward=False)
+    after = subject.forward(call, relations.poison(subject.inputs(call), ("q", "k", "v"), call.case.num_tokens // 2))
+    assert after.final_state is not None
+    what = "the first row holds NaN"
+    subject.same_bits(call, "o", after.o[1:], before["o"][1:], what)
+    subject.same_bits(call, "final_state", after.final_state[1:], before["final_state"][1:], what)
+
+
 @pytest.mark.law("rows-are-independent", cases=many_headed)
 def test_a_batch_row_alone_gives_the_same_result(subject: Subject, call: Call) -> None:
     """Every row of a batch equals the call with that row alone."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
-from kda_conformance import battery, misuse, relations
+from kda_conformance import battery, misuse, relations, service
 from kda_conformance.cases import Case
 from kda_conformance.subject import Call
 
@@ -15,15 +16,43 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.law("strides-do-not-matter", cases=battery.relation_cases_at)
-def test_strided_inputs_mean_the_same(subject: Subject, call: Call) -> None:
-    """Slices of wider tensors, with NaN in between, mean what contiguous copies mean; the order of a sum may differ."""
+@pytest.mark.parametrize("layout", misuse.LAYOUTS)
+def test_strided_tensors_mean_the_same(subject: Subject, call: Call, layout: str) -> None:
+    """Slices with NaN in between, and views of heads-first tensors, mean what contiguous copies mean, as inputs and as cotangents."""
+    arrange, backward = misuse.LAYOUTS[layout], subject.claims.backward
+    before = subject.results(call, backward=backward)
+    inputs = misuse.arranged(subject.inputs(call), arrange)
+    cotangents = [None if each is None else arrange(each) for each in call.case.cotangents(inputs)]
+    after = subject.run(call, inputs, cotangents if backward else None)
+    subject.agree(call, after, before, subject.budget(call))
+
+
+@pytest.mark.law("expanded-views-mean-copies", cases=battery.relation_cases_at)
+def test_expanded_views_mean_what_copies_mean(subject: Subject, call: Call) -> None:
+    """Gates, strengths and states that all heads share, and the cotangents of a sum, may be views of stride zero."""
+    backward = subject.claims.backward
+    views = misuse.shared_by_heads(subject.inputs(call))
+    copies = misuse.arranged(views, torch.Tensor.contiguous)
+    do, dfinal_state = (
+        None if each is None else torch.ones_like(each[:1, :1, :1, :1]).expand(each.shape)
+        for each in (call.case.cotangents(views) if backward else (None, None))
+    )
+    after = subject.run(call, views, (do, dfinal_state) if backward else None)
+    budget = service.budget_of(copies, do, dfinal_state, subject.arithmetic(call))
+    subject.judge(call, after, budget, copies)
+
+
+@pytest.mark.law("results-are-not-overwritten", cases=battery.relation_cases_at)
+def test_a_later_call_leaves_earlier_results_alone(subject: Subject, call: Call) -> None:
+    """Results and gradients stay what they are when another call of their shapes is made."""
+    backward = subject.claims.backward
     inputs = subject.inputs(call)
-    before = subject.results(call, backward=False)
-    after = subject.forward(call, misuse.strided(inputs))
-    budget = subject.budget(call)
-    for name, tensor in (("o", after.o), ("final_state", after.final_state)):
-        assert tensor is not None
-        subject.compare(call, name, tensor, before[name], budget[name].variance.sqrt())
+    cotangents = call.case.cotangents(inputs) if backward else None
+    kept = subject.run(call, inputs, cotangents)
+    copies = {name: tensor.clone() for name, tensor in kept.items()}
+    subject.run(call, relations.disturb(inputs, slice(None)), cotangents)
+    for name, tensor in kept.items():
+        subject.same_bits(call, name, tensor, copies[name], "another call is made")
 
 
 @pytest.mark.law("guard-bands", cases=battery.relation_cases_at)
@@ -32,15 +61,8 @@ def test_memory_around_the_inputs_is_not_read(subject: Subject, call: Call) -> N
     inputs = misuse.guarded(subject.inputs(call))
     backward = subject.claims.backward
     before = subject.results(call, backward=backward)
-    if backward:
-        after = subject.evaluate(call, inputs, *call.case.cotangents(inputs))
-    else:
-        result = subject.forward(call, inputs)
-        after = {"o": result.o, "final_state": result.final_state}  # type: ignore[dict-item]
-    budget = subject.budget(call)
-    for name, tensor in after.items():
-        if name in budget:
-            subject.compare(call, name, tensor, before[name], budget[name].variance.sqrt())
+    after = subject.run(call, inputs, call.case.cotangents(inputs) if backward else None)
+    subject.agree(call, after, before, subject.budget(call))
 
 
 def histories(effort: str) -> tuple[Case, ...]:
@@ -62,11 +84,31 @@ def histories(effort: str) -> tuple[Case, ...]:
 @pytest.mark.law("calls-do-not-remember", cases=histories)
 def test_a_call_does_not_depend_on_earlier_ones_of_its_shape(subject: Subject, call: Call) -> None:
     """A call is right after another one of the same shape that differs in the gate's dtype or in the offsets."""
-    for case in histories(""):
+    for case in (each.replace(seed=call.case.seed) for each in histories("")):
         if case != call.case and case.num_tokens == call.case.num_tokens and case.unclaimed(subject.claims) is None:
             other = Call(case, call.dtype)
             subject.forward(other, subject.inputs(other))
     found = subject.forward(call, subject.inputs(call))
+    assert found.final_state is not None
+    subject.judge(call, {"o": found.o, "final_state": found.final_state}, subject.budget(call, backward=False))
+
+
+def repacked(effort: str) -> tuple[Case, ...]:
+    """Return a packed call whose offsets can be those of another one before it."""
+    del effort
+    return (Case.parse("T=21,50,6 H=1 G=2 K=16 V=16 gate=mixed seed=64"),)
+
+
+@pytest.mark.law("offsets-are-read-at-every-call", cases=repacked)
+def test_offsets_are_read_at_every_call(subject: Subject, call: Call) -> None:
+    """Offsets are what the tensor holds when the call is made: a buffer filled anew, as by a captured graph, is no old acquaintance."""
+    inputs = subject.inputs(call)
+    assert inputs.cu_seqlens is not None
+    buffer, wanted = inputs.cu_seqlens.flip(0), inputs.cu_seqlens.clone()
+    buffer = inputs.q.shape[1] - buffer
+    subject.forward(call, inputs.replace(cu_seqlens=buffer))
+    buffer.copy_(wanted)
+    found = subject.forward(call, inputs.replace(cu_seqlens=buffer))
     assert found.final_state is not None
     subject.judge(call, {"o": found.o, "final_state": found.final_state}, subject.budget(call, backward=False))
 
@@ -106,14 +148,11 @@ def test_states_with_values_first_are_transposed_states(subject: Subject, call: 
     backward = subject.claims.backward
     before = subject.results(call, backward=backward)
     inputs = relations.values_first(subject.inputs(call))
-    if backward:
-        do, dfinal_state = call.case.cotangents(subject.inputs(call))
-        turned = None if dfinal_state is None else dfinal_state.transpose(-1, -2).contiguous()
-        after = subject.evaluate(call, inputs, do, turned)
-    else:
-        result = subject.forward(call, inputs)
-        after = {"o": result.o, "final_state": result.final_state}  # type: ignore[dict-item]
-    budget = subject.budget(call)
-    for name, tensor in after.items():
-        plain = tensor.transpose(-1, -2) if name in ("final_state", "dinitial_state") else tensor
-        subject.compare(call, name, plain, before[name], budget[name].variance.sqrt())
+    do, dfinal_state = call.case.cotangents(subject.inputs(call))
+    turned = None if dfinal_state is None else dfinal_state.transpose(-1, -2).contiguous()
+    after = subject.run(call, inputs, (do, turned) if backward else None)
+    plain = {
+        name: tensor.transpose(-1, -2) if name in ("final_state", "dinitial_state") else tensor
+        for name, tensor in after.items()
+    }
+    subject.agree(call, plain, before, subject.budget(call))

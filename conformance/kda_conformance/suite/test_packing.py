@@ -79,3 +79,18 @@ def test_changing_one_sequence_leaves_the_others_alone(subject: Subject, call: C
         changed = (slice(None), span) if name == "o" else (slice(row, row + 1),)
         one[changed], two[changed] = 0, 0
         subject.same_bits(call, name, one, two, f"only sequence {row} changes")
+
+
+@pytest.mark.law("not-a-number-stays-in-its-sequence", cases=packed_cases)
+def test_a_token_that_is_no_number_stays_in_its_sequence(subject: Subject, call: Call) -> None:
+    """NaN in q, k and v of a token of the longest sequence changes no bit of the other sequences."""
+    before = subject.results(call, backward=False)
+    row = max(range(len(call.case.T)), key=lambda n: call.case.T[n])
+    start, end = sum(call.case.T[:row]), sum(call.case.T[: row + 1])
+    after = subject.forward(call, relations.poison(subject.inputs(call), ("q", "k", "v"), (start + end) // 2))
+    assert after.final_state is not None
+    what = f"sequence {row} holds NaN"
+    for part in (slice(0, start), slice(end, None)):
+        subject.same_bits(call, "o", after.o[:, part], before["o"][:, part], what)
+    for rows in (slice(0, row), slice(row + 1, None)):
+        subject.same_bits(call, "final_state", after.final_state[rows], before["final_state"][rows], what)

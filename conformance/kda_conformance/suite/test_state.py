@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kda_conformance import battery, relations
+from kda_conformance.members import GRADIENT_OF
+from kda_conformance.service import budget_of
 
 if TYPE_CHECKING:
     from kda_conformance.subject import Call, Subject
@@ -56,3 +58,16 @@ def test_an_initial_state_of_zeros_is_no_initial_state(subject: Subject, call: C
     zeros = subject.forward(call, inputs.replace(initial_state=torch.zeros_like(inputs.initial_state)))
     budget = subject.budget(call, inputs.replace(initial_state=None), backward=False)
     subject.compare(call, "o", absent.o, zeros.o, budget["o"].variance.sqrt())
+
+
+@pytest.mark.law("gradients-without-a-final-state", cases=battery.relation_cases_at)
+def test_gradients_do_not_need_a_final_state(subject: Subject, call: Call) -> None:
+    """Gradients of a loss on the outputs are the same where no final state is asked for, as in most training."""
+    if not subject.claims.backward:
+        pytest.skip("unclaimed: backward")
+    inputs = subject.inputs(call)
+    do, _ = call.case.cotangents(inputs)
+    result, gradients = subject.implementation.vjp(inputs.replace(output_final_state=False), do, None)
+    found = {"o": result.o} | {GRADIENT_OF[name]: getattr(gradients, name) for name in inputs.tensors()}
+    subject.check_form(call, inputs, found)
+    subject.judge(call, found, budget_of(inputs, do, None, subject.arithmetic(call)))

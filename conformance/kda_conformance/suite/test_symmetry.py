@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kda_conformance import battery, relations
-from kda_conformance.arithmetic import CLASSES
 from kda_conformance.service import budget_of
 
 if TYPE_CHECKING:
@@ -95,10 +94,12 @@ def test_a_power_of_two_on_the_cotangent_of_the_state_scales_the_gradients(subje
     """``dS_T -> 2^-40 dS_T`` gives gradients ``2^-40`` times as large; only a class of float16 operands may lose them."""
     if not subject.claims.backward:
         pytest.skip("unclaimed: backward")
+    arithmetic = subject.arithmetic(call)
+    if arithmetic.state == "fp16":
+        pytest.skip("not about this class: its states, and so their cotangents, have float16's range")
     inputs = subject.inputs(call)
     _, dfinal_state = call.case.replace(cotangent="state").cotangents(inputs)
     assert dfinal_state is not None
-    arithmetic = CLASSES[subject.claims.precision[call.dtype]]
     found, budgets = [], []
     for factor in (1.0, SMALLEST_COTANGENT):
         found.append(subject.evaluate(call, inputs, None, dfinal_state * factor))
