@@ -15,12 +15,14 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from kda_conformance import bench, discovery, verify, workloads
 from kda_conformance.claims import UsageError
 from kda_conformance.contenders import contenders, installed_operators
 from kda_conformance.devices import interpret_triton_without_gpu
 from kda_conformance.planted import matrix, null_study
+from kda_conformance.planted.planting import variants
 
 FAIL, USAGE, NOTHING = 1, 2, 5
 
@@ -47,6 +49,9 @@ Implementations = Annotated[
 ]
 
 
+Seed = Annotated[int, typer.Option(help="Judge another draw of every call.")]
+
+
 @app.command("verify")
 def verify_command(
     impl: Implementations = None,
@@ -54,13 +59,14 @@ def verify_command(
     claims: Annotated[Path | None, typer.Option(help="TOML that narrows what the implementations claim.")] = None,
     deviations: Annotated[Path | None, typer.Option(help="TOML of declared failures.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where available and claimed.")] = None,
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for rows, logs and the report.")] = Path("out/verify"),
 ) -> None:
     """Judge implementations side by side and write rows.jsonl and report.html."""
     interpret_triton_without_gpu()
     console = Console()
     specs = list(impl) if impl else default_implementations()
-    options = ["--effort", effort.value]
+    options = ["--effort", effort.value, "--kda-seed", str(seed)]
     for name, value in (("--claims", claims), ("--deviations", deviations), ("--kda-device", device)):
         if value is not None:
             options += [name, str(value)]
@@ -82,6 +88,7 @@ def reproduce(
     ] = None,
     claims: Annotated[Path | None, typer.Option(help="The claims file of the run.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    seed: Seed = 0,
 ) -> None:
     """Run one law on one case again, as a failure's last line says."""
     interpret_triton_without_gpu()
@@ -89,7 +96,7 @@ def reproduce(
     laws = ["training-forward-matches-reference", "gradients-match-reference"] if law.startswith("generated") else [law]
     status = int(pytest.ExitCode.OK)
     for name in laws:
-        options = ["--law", name, "--dtype", dtype]
+        options = ["--law", name, "--dtype", dtype, "--kda-seed", str(seed)]
         for option, value in (("--case", case), ("--claims", claims), ("--kda-device", device)):
             if value is not None:
                 options += [option, str(value)]
@@ -103,16 +110,18 @@ def mutants(
         list[str] | None, typer.Argument(help="Entries of the catalogue. Default: all, and the correct variants.")
     ] = None,
     effort: Annotated[Effort, typer.Option(help="How much is run.")] = Effort.standard,
+    correct: Annotated[bool, typer.Option("--correct", help="Only the correct variants.")] = False,  # noqa: FBT002 - an option
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for rows and the page.")] = Path("out/mutants"),
 ) -> None:
     """Judge the suite: run it over planted bugs and correct variants, and write the matrix of bugs and laws."""
     console = Console()
     try:
-        entries = matrix.chosen(names or [])
+        entries = matrix.chosen([*(names or []), *(variants() if correct else ())])
     except UsageError as error:
         console.print(str(error))
         raise typer.Exit(USAGE) from error
-    runs = matrix.run(entries, effort.value, out, console)
+    runs = matrix.run(entries, effort.value, seed, out, console)
     alive, alarms = matrix.survivors(runs), matrix.false_alarms(runs)
     bugs = sum(rows[0]["planted"]["kind"] == "bug" for rows in runs)
     console.print(f"{bugs - len(alive)} of {bugs} bugs caught; survivors: {', '.join(alive) or 'none'}")
@@ -124,13 +133,19 @@ def mutants(
 
 @app.command("null-study")
 def null_study_command(
-    calls: Annotated[int, typer.Option(min=1, help="Calls drawn for each correct variant.")] = 100,
+    runs: Annotated[int, typer.Option(min=1, help="Correct runs of each arithmetic class, at least.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the drawn calls; one that was never used for tuning.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for rows and the report.")] = Path("out/null"),
 ) -> None:
     """Judge the judge: correct variants on many drawn calls; a failure is a false alarm."""
     console = Console()
-    alarms = null_study.run(calls, seed, out, console)
+    margins = null_study.run(runs, seed, out, console)
+    alarms = sum(margin.alarms for margin in margins)
+    table = Table("class", "runs", "false alarms", "largest score", "99.9 percentile", "median")
+    for margin in margins:
+        quantiles = (f"{margin.quantile(share):.2f}" for share in (1, 0.999, 0.5))
+        table.add_row(margin.precision, str(len(margin.scores)), str(margin.alarms), *quantiles)
+    console.print(table)
     report = _report(out)
     console.print(
         f"{alarms} false alarms; rows {out / 'rows.jsonl'}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from kda_conformance.claims import UsageError
-from kda_conformance.planted import bugs, matrix
+from kda_conformance.planted import bugs, matrix, null_study
 from kda_conformance.planted.planting import Edit, apply, catalogue, variants
 
 if TYPE_CHECKING:
@@ -73,3 +73,20 @@ def test_a_bug_that_nothing_catches_fails_the_command() -> None:
 def test_an_unknown_bug_is_bad_usage() -> None:
     with pytest.raises(UsageError, match="no-such-bug"):
         matrix.chosen(["no-such-bug"])
+
+
+def test_the_null_study_judges_the_variants_of_a_class_on_the_same_calls(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))
+    names = ["fp32-chunk16", "fp32-bits"]
+    margin = null_study.judge_class("fp32", names, 3, 1, tmp_path)
+    cases = [
+        [
+            row["case"]
+            for row in map(json.loads, (tmp_path / f"{name}.jsonl").read_text().splitlines())
+            if "score" in row
+        ]
+        for name in names
+    ]
+    assert cases[0] == cases[1]
+    assert (len(margin.scores), margin.alarms) == (4, 0)
+    assert margin.quantile(1) == max(margin.scores)

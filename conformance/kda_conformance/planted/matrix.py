@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 RANK = {"fail": 0, "error": 1, "xfail": 2, "pass": 3, "may": 4, "unclaimed": 5}
 
 
-def run(entries: Sequence[Entry], effort: str, out: Path, console: Console) -> list[list[dict[str, Any]]]:
-    """Judge every entry, show progress, and write ``out/rows.jsonl``.
+def run(entries: Sequence[Entry], effort: str, seed: int, out: Path, console: Console) -> list[list[dict[str, Any]]]:
+    """Judge every entry on one draw of the calls, show progress, and write ``out/rows.jsonl``.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def run(entries: Sequence[Entry], effort: str, out: Path, console: Console) -> l
         tempfile.TemporaryDirectory() as folder,
     ):
         task = progress.add_task("planted bugs", total=len(entries))
-        waiting = {pool.submit(judge, entry, effort, Path(folder)): i for i, entry in enumerate(entries)}
+        waiting = {pool.submit(judge, entry, effort, seed, Path(folder)): i for i, entry in enumerate(entries)}
         found: dict[int, list[dict[str, Any]]] = {}
         for done in as_completed(waiting):
             found[waiting[done]] = done.result()
@@ -56,12 +56,14 @@ def run(entries: Sequence[Entry], effort: str, out: Path, console: Console) -> l
     return runs
 
 
-def judge(entry: Entry, effort: str, folder: Path) -> list[dict[str, Any]]:
+def judge(entry: Entry, effort: str, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Run the suite on one entry and condense its rows."""
     path = folder / f"{entry.id}.jsonl"
     # A correct variant is shown with all it measures; of a bug it is enough that a law is broken.
     speed = () if entry.id in variants() else ("--kda-first-failure",)
-    command = suite_command(f"{PACKAGE}.bugs:{entry.id}", "--effort", effort, "--kda-rows", str(path), *speed)
+    command = suite_command(
+        f"{PACKAGE}.bugs:{entry.id}", "--effort", effort, "--kda-seed", str(seed), "--kda-rows", str(path), *speed
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
     if not path.is_file():

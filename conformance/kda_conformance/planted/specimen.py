@@ -306,3 +306,4 @@ def pull_back(x, saved, d, dinitial):
 
 
 chunk_kda.precision = "fp32"
+chunk_kda.checks_arguments = True
