@@ -43,7 +43,7 @@ class Case:
     gate_form
         ``log_decay`` outside the kernel, ``softplus`` or ``bounded`` inside it.
     gate_dtype
-        ``float32``, or ``input``: g and beta in the dtype of q.
+        ``float32``, or ``input``: g and beta in the dtype of q; ``g`` or ``beta``: only that one is.
     keys, values, strengths
         Regimes of q and k, of v and of beta: keys of ``regimes.KEYS``, ``VALUES`` and ``STRENGTHS``.
     beta_max
@@ -207,13 +207,14 @@ class Case:
             state = state if dtype == torch.float64 else state.float()
             if self.v_first:
                 state = state.transpose(-1, -2).contiguous()
-        side = dtype if self.gate_dtype == "input" or dtype == torch.float64 else torch.float32
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        g_dtype, beta_dtype = (dtype if self.gate_dtype in ("input", name) else wide for name in ("g", "beta"))
         arguments = KdaInputs(
             q=q.to(dtype),
             k=k.to(dtype),
             v=v.to(dtype),
-            g=parameters.pop("g").to(side),
-            beta=beta.to(side),
+            g=parameters.pop("g").to(g_dtype),
+            beta=beta.to(beta_dtype),
             initial_state=state,
             cu_seqlens=torch.tensor([sum(self.T[:i]) for i in range(len(self.T) + 1)]) if self.packed else None,
             scale=self.scale or None,
@@ -225,7 +226,6 @@ class Case:
             lower_bound=self.bound if self.gate_form == "bounded" or self.safe else None,
             state_v_first=self.v_first,
         )
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         return move(arguments.replace(**{name: tensor.to(wide) for name, tensor in parameters.items()}), device)
 
     def _gate(self, draw: regimes.Draw, decay: Tensor, *, wide: bool) -> dict[str, Tensor]:

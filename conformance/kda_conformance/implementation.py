@@ -96,9 +96,21 @@ class FunctionImplementation:
         with torch.no_grad():
             return self._call(inputs)
 
-    def vjp(self, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[KdaResult, KdaGradients]:
-        """Evaluate the call and its gradients by autograd; an input that the result does not depend on has gradient zero."""
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
+    def vjp(
+        self,
+        inputs: KdaInputs,
+        do: Tensor | None,
+        dfinal_state: Tensor | None,
+        frozen: frozenset[str] = frozenset(),
+    ) -> tuple[KdaResult, KdaGradients]:
+        """Evaluate the call and its gradients by autograd; an input that the result does not depend on has gradient zero.
+
+        Parameters
+        ----------
+        frozen
+            Inputs that need no gradient, and are given zero.
+        """
+        leaves = {name: tensor.detach().requires_grad_(name not in frozen) for name, tensor in inputs.tensors().items()}
         result = self._call(inputs.replace(**leaves))
         pairs = [
             (out, grad)
@@ -106,13 +118,15 @@ class FunctionImplementation:
             if out is not None and grad is not None
         ]
         pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
-        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        wanted = [name for name in leaves if name not in frozen]
+        found: dict[str, Tensor | None] = {}
         if pairs:
             outputs, cotangents = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+            grads = torch.autograd.grad(outputs, [leaves[name] for name in wanted], cotangents, allow_unused=True)
+            found = dict(zip(wanted, grads, strict=True))
         gradients = {
-            name: torch.zeros_like(leaf) if gradient is None else gradient
-            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+            name: torch.zeros_like(leaf) if (gradient := found.get(name)) is None else gradient
+            for name, leaf in leaves.items()
         }
         final = None if result.final_state is None else result.final_state.detach()
         return KdaResult(o=result.o.detach(), final_state=final), KdaGradients(**gradients)

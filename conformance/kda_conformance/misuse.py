@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from kda_conformance.cases import Case
 from kda_conformance.subject import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from kda_reference import KdaInputs
     from torch import Tensor
@@ -134,3 +136,17 @@ def _spread(tensor: Tensor, stride: int) -> Tensor:
     batch, length, heads, width = tensor.shape
     wide = torch.empty(batch * length * stride, dtype=tensor.dtype, device=tensor.device)
     return wide.as_strided((batch, length, heads, width), (length * stride, stride, width, 1)).copy_(tensor)
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Have torch fill new memory with NaN, which it does in its deterministic mode."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            # Of operations that have no deterministic form, which is not the question here.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(mode=before, warn_only=warns)

@@ -49,7 +49,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
         V=draw(widths),
         gate=gate,
         gate_form=form,
-        gate_dtype=draw(st.sampled_from(("float32", "input"))),
+        gate_dtype=draw(st.sampled_from(("float32", "input", "g", "beta"))),
         keys=keys,
         values=draw(st.sampled_from(tuple(regimes.VALUES))),
         strengths=strengths,

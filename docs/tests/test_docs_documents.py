@@ -13,6 +13,7 @@ import pytest
 import typer
 from kda_conformance import judge
 from kda_conformance.cli import app
+from kda_conformance.planted.planting import catalogue, variants
 from kda_reports.glossary import GLOSSARY
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -113,6 +114,12 @@ def test_the_readme_lists_the_implementations_that_are_registered() -> None:
         for name in re.findall("`([^`]+)`", cell)
     }
     assert listed == registered
+
+
+def test_the_readme_counts_the_planted_bugs_and_the_correct_variants() -> None:
+    (counts,) = re.findall(r"over (\d+) planted bugs and (\d+) correct implementations", read("README.md"))
+    bugs = [entry for entry in catalogue().values() if entry.equivalent is None]
+    assert tuple(map(int, counts)) == (len(bugs), len(variants()))
 
 
 def test_every_key_of_the_bibliography_that_is_cited_is_there() -> None:

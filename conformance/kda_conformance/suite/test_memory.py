@@ -65,6 +65,18 @@ def test_memory_around_the_inputs_is_not_read(subject: Subject, call: Call) -> N
     subject.agree(call, after, before, subject.budget(call))
 
 
+@pytest.mark.law("uninitialised-memory-is-not-read", cases=battery.relation_cases_at)
+def test_memory_that_nobody_wrote_is_not_read(subject: Subject, call: Call) -> None:
+    """Results do not change where torch fills what it allocates with NaN."""
+    backward = subject.claims.backward
+    before = subject.results(call, backward=backward)
+    inputs = subject.inputs(call)
+    cotangents = call.case.cotangents(inputs) if backward else None
+    with misuse.poisoned_allocations():
+        after = subject.run(call, inputs, cotangents)
+    subject.agree(call, after, before, subject.budget(call))
+
+
 def histories(effort: str) -> tuple[Case, ...]:
     """Return calls of one shape that differ in what a cache may forget to ask: the dtype of the gate, the offsets."""
     del effort

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kda_conformance import battery
+from kda_conformance.implementation import FunctionImplementation
+from kda_conformance.members import GRADIENT_OF
+
 if TYPE_CHECKING:
     from kda_conformance.subject import Call, Subject
 
@@ -42,3 +46,24 @@ def test_forward_of_a_training_call_is_that_of_the_recurrence(subject: Subject, 
         pytest.skip("unclaimed: backward")
     found = subject.results(call, backward=True)
     subject.judge(call, {name: found[name] for name in OUTPUTS if name in found}, subject.budget(call))
+
+
+FROZEN = (("initial_state",), ("q", "k", "g", "A_log", "dt_bias"))
+
+
+@pytest.mark.law("gradients-do-not-need-each-other", cases=battery.relation_cases_at)
+@pytest.mark.parametrize("frozen", FROZEN, ids=",".join)
+def test_gradients_are_the_same_where_others_are_not_wanted(
+    subject: Subject, call: Call, frozen: tuple[str, ...]
+) -> None:
+    """An input that needs no gradient, as an initial state or what an adapter does not train, changes no other gradient."""
+    if not subject.claims.backward:
+        pytest.skip("unclaimed: backward")
+    if not isinstance(subject.implementation, FunctionImplementation):
+        pytest.skip("not about this implementation: its gradients come all together")
+    inputs = subject.inputs(call)
+    _, gradients = subject.implementation.vjp(inputs, *call.case.cotangents(inputs), frozenset(frozen))
+    wanted = [name for name in inputs.tensors() if name not in frozen]
+    found = {GRADIENT_OF[name]: getattr(gradients, name) for name in wanted}
+    subject.check_form(call, inputs, found)
+    subject.judge(call, found, subject.budget(call))
