@@ -7,7 +7,7 @@ judged as ``fp32``, the same rounding is a bug. The unit roundoff ``u`` of a for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,8 @@ class Arithmetic:
         Format of the decayed rows that the score matrices are products of; ``None`` means as stored.
     diagonal_operand
         The same for tokens of one strip of 16, which some implementations treat apart.
+    merge_operand
+        Format of the blocks that the inverse is put together from.
     state
         Format of the state carried between chunks.
     truncates
@@ -50,8 +52,14 @@ class Arithmetic:
     operand: str | None
     score_operand: str | None
     diagonal_operand: str | None
+    merge_operand: str | None = "tf32"
     state: str = "fp32"
     truncates: bool = False
+
+    def throughout(self) -> Arithmetic:
+        """Return the arithmetic in which every product takes operands of the operand format, scores and the inverse included."""
+        fmt = self.operand
+        return replace(self, score_operand=fmt, diagonal_operand=fmt, merge_operand=fmt)
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -62,8 +70,12 @@ class Arithmetic:
 CLASSES = {
     arithmetic.name: arithmetic
     for arithmetic in (
-        Arithmetic(name="fp64", storage="fp32", operand=None, score_operand=None, diagonal_operand=None),
-        Arithmetic(name="fp32", storage="fp32", operand=None, score_operand=None, diagonal_operand=None),
+        Arithmetic(
+            name="fp64", storage="fp32", operand=None, score_operand=None, diagonal_operand=None, merge_operand=None
+        ),
+        Arithmetic(
+            name="fp32", storage="fp32", operand=None, score_operand=None, diagonal_operand=None, merge_operand=None
+        ),
         Arithmetic(
             name="tf32", storage="fp32", operand="tf32", score_operand="tf32", diagonal_operand="tf32", truncates=True
         ),

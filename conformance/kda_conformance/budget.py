@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Where a chunk begins and ends is the implementation's choice, and decides which errors cancel: 48 and 80 share few ends with the others.
 MEMBERS_BY_CHUNK = {16: 3, 32: 2, 48: 3, 64: 3, 80: 3, 128: 2}
+# Which products take rounded operands is the implementation's choice too, as long as they are of the class's format.
+ROUNDED_THROUGHOUT = (48, 80)
 NEAREST_CHUNKS = (64, 128)
 TRUNCATED_CHUNKS = (16, 48, 64, 128)
 NUM_CHUNKWISE = sum(MEMBERS_BY_CHUNK.values())
@@ -80,7 +82,11 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     certified = certified_kda_vjp(inputs, do, dfinal_state) if members.backward else certified_kda(inputs)
     device = inputs.q.device
     chunkwise = [
-        members.chunkwise(Rounder(FIRST_SEED + 16 * chunk, count, device), arithmetic, chunk)
+        members.chunkwise(
+            Rounder(FIRST_SEED + 16 * chunk, count, device),
+            arithmetic.throughout() if chunk in ROUNDED_THROUGHOUT else arithmetic,
+            chunk,
+        )
         for chunk, count in MEMBERS_BY_CHUNK.items()
     ]
     recurrences = members.recurrences()

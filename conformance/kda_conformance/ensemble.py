@@ -220,7 +220,7 @@ class _Inverse(torch.autograd.Function):
         solved = rounder.raw(
             torch.linalg.solve_triangular(identity + diagonal, identity.expand_as(diagonal), upper=False), "fp32"
         )
-        merge = None if arithmetic.name in ("fp32", "fp64") else "tf32"
+        merge = arithmetic.merge_operand
         inverse = torch.zeros_like(scores)
         for i in range(num_strips):
             strip, past = slice(i * STRIP, (i + 1) * STRIP), slice(0, i * STRIP)
