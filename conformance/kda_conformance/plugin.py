@@ -120,17 +120,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         effort = metafunc.config.getoption("kda_effort")
         cases = tuple(case.redrawn(subject.seed) for case in marker.kwargs.get("cases", battery.cases_at)(effort))
-        if effort == "quick":
-            # Where a law has calls of its own, dtypes take turns from the first one on, and not every law begins with the same.
-            start, shared = (len(marker.args[0]), 0) if "cases" in marker.kwargs else (0, 2)
-            calls = _taking_turns(cases, dtypes, start, shared)
+        if "cases" in marker.kwargs and effort in ("quick", "standard"):
+            # Where a law has calls of its own, dtypes take turns, and not every law begins with the same.
+            calls = _taking_turns(cases, dtypes, start=len(marker.args[0]))
+        elif effort == "quick":
+            calls = _taking_turns(cases, dtypes, shared=2)
         else:
             calls = [Call(case, dtype) for case in cases for dtype in _fitting(case, dtypes)]
     metafunc.parametrize("call", calls, ids=str)
 
 
-def _taking_turns(cases: tuple[Case, ...], dtypes: list[str], start: int, shared: int) -> list[Call]:
-    """Give every case one dtype after the other, but the first ``shared`` cases all of them."""
+def _taking_turns(cases: tuple[Case, ...], dtypes: list[str], *, start: int = 0, shared: int = 0) -> list[Call]:
+    """Give every case one dtype, each in its turn from ``start`` on, but the first ``shared`` cases all of them."""
     calls = []
     for i, case in enumerate(cases):
         fitting = _fitting(case, dtypes)
