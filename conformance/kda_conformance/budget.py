@@ -2,7 +2,7 @@
 
 For every element of every output and gradient the budget holds the certified float64 value and a variance
 
-    s^2 = pool(mean e_r^2)  over 16 chunkwise members      + pool(mean e_r^2)  over 6 noisy float32 recurrences
+    s^2 = pool(rms over groups of mean e_r^2)  of 18 chunkwise members   + pool(mean e_r^2)  over 6 noisy float32 recurrences
         + e_coherent^2      one exact run with shifted gate + (0.4 u32 sqrt(n/2))^2 times the squares of the last dot product
         + (certified bound + smallest normal)^2             + e_truncated^2   eight runs, where operands are truncated
         + the noise of a chunkwise reverse cumulative sum   for the gradient of the gate
@@ -13,7 +13,7 @@ Derivations, measured false alarms and separations: ``docs/numerics.md``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from kda_reference import certified_kda, certified_kda_vjp
@@ -28,13 +28,30 @@ if TYPE_CHECKING:
     from kda_reference import KdaInputs
     from torch import Tensor
 
+
+class Group(NamedTuple):
+    """Chunkwise members of one make: how long their chunks are, how many members, and whether every product takes rounded operands."""
+
+    chunk: int
+    size: int
+    throughout: bool = False
+
+
 # Where a chunk begins and ends is the implementation's choice, and decides which errors cancel: 48 and 80 share few ends with the others.
-MEMBERS_BY_CHUNK = {16: 3, 32: 2, 48: 3, 64: 3, 80: 3, 128: 2}
-# Which products take rounded operands is the implementation's choice too, as long as they are of the class's format.
-ROUNDED_THROUGHOUT = (48, 80)
+# Which products take rounded operands is its choice too, as long as they are of the class's format.
+GROUPS = (
+    Group(16, 3),
+    Group(32, 2),
+    Group(48, 2),
+    Group(48, 2, throughout=True),
+    Group(64, 3),
+    Group(80, 2),
+    Group(80, 2, throughout=True),
+    Group(128, 2),
+)
 NEAREST_CHUNKS = (64, 128)
 TRUNCATED_CHUNKS = (16, 48, 64, 128)
-NUM_CHUNKWISE = sum(MEMBERS_BY_CHUNK.values())
+NUM_CHUNKWISE = sum(group.size for group in GROUPS)
 SMOOTHING_WIDTH = 17
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 INPUT_DTYPE_TENSORS = ("o", "dq", "dk", "dv")
@@ -83,11 +100,11 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     device = inputs.q.device
     chunkwise = [
         members.chunkwise(
-            Rounder(FIRST_SEED + 16 * chunk, count, device),
-            arithmetic.throughout() if chunk in ROUNDED_THROUGHOUT else arithmetic,
-            chunk,
+            Rounder(FIRST_SEED + 16 * number, group.size, device),
+            arithmetic.throughout() if group.throughout else arithmetic,
+            group.chunk,
         )
-        for chunk, count in MEMBERS_BY_CHUNK.items()
+        for number, group in enumerate(GROUPS)
     ]
     recurrences = members.recurrences()
     extra = cumulative_sum_variance(members) if members.backward else {}
@@ -113,7 +130,11 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         noisy = recurrences[name][:-1] - value
         shifted = recurrences[name][-1] - value
         cut = [member[name][0] - value for member in truncated]
-        spread = _pool(name, (errors**2).mean(0)) + _pool(name, (noisy**2).mean(0)) + _pool(name, shifted**2)
+        # An error that one alignment alone makes counts for more than its share of the members.
+        by_group = torch.stack([((group[name] - value) ** 2).mean(0) for group in chunkwise])
+        spread = (
+            _pool(name, by_group.square().mean(0).sqrt()) + _pool(name, (noisy**2).mean(0)) + _pool(name, shifted**2)
+        )
         if cut:
             spread = spread + _pool(name, torch.stack(cut).square().sum(0))
         spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from kda_conformance import activations
 from kda_conformance.arithmetic import U32, Arithmetic
-from kda_conformance.rounding import ACCUMULATION, UNIFORM_TO_UNIT_VARIANCE, Exact, Rounder
+from kda_conformance.rounding import ACCUMULATION, UNIFORM_TO_UNIT_VARIANCE, Exact, Rounder, flush
 
 if TYPE_CHECKING:
     from kda_reference import KdaInputs
@@ -256,6 +256,10 @@ class NoisyFloat32:
         noise = 2 * torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.levels.device) - 1
         return noise * self.levels.reshape(-1, *[1] * (len(shape) - 1))
 
+    def flush(self, x: Tensor) -> Tensor:
+        """Set what float32 does not hold as a normal number to zero, in the members with noise."""
+        return torch.where(self.levels.reshape(-1, *[1] * (x.dim() - 1)) > 0, flush(x), x)
+
     def __call__(self, x: Tensor, ulps: float = 1.0) -> Tensor:
         """Disturb ``x`` by up to ``ulps`` units in the last place, and its cotangent too."""
         return _Disturb.apply(x, ulps * U32, self)  # type: ignore[no-any-return,no-untyped-call]
@@ -274,11 +278,11 @@ class _Disturb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: float, noise: NoisyFloat32) -> Tensor:  # noqa: ANN401
         ctx.size, ctx.noise = size, noise
-        return x * (1 + size * noise.uniform(x.shape))
+        return noise.flush(x * (1 + size * noise.uniform(x.shape)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        return grad * (1 + ctx.size * ctx.noise.uniform(grad.shape)), None, None
+        return ctx.noise.flush(grad * (1 + ctx.size * ctx.noise.uniform(grad.shape))), None, None
 
 
 def recurrence_member(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FLOAT64_BITS = 53
 FP16_QUANTUM = 2.0**-24
 FP16_SMALLEST_NORMAL = 2.0**-14
+SMALLEST_NORMAL = 2.0**-126
 # Odd multipliers of the SplitMix64 finaliser, as signed 64-bit integers.
 MIX_1 = -4658895280553007687
 MIX_2 = -7723592293110705685
@@ -50,10 +51,15 @@ def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
     # rounds the magnitude stochastically, carries into the exponent included.
     rounded = ((x.contiguous().view(torch.int64) + (bits & mask)) & ~mask).view(torch.float64)
     if fmt != "fp16":
-        return rounded
+        return flush(rounded)
     uniform = ((bits >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
     subnormal = torch.floor(x / FP16_QUANTUM + uniform) * FP16_QUANTUM
     return torch.where(x.abs() < FP16_SMALLEST_NORMAL, subnormal, rounded)
+
+
+def flush(x: Tensor) -> Tensor:
+    """Set what is below float32's smallest normal number to zero, as GPUs may: what it is multiplied by later may be large."""
+    return torch.where(x.abs() < SMALLEST_NORMAL, torch.zeros_like(x), x)
 
 
 def truncate(x: Tensor, fmt: str) -> Tensor:
@@ -68,7 +74,7 @@ def round_to_nearest(x: Tensor, fmt: str) -> Tensor:
     mask, bits = (1 << dropped) - 1, x.contiguous().view(torch.int64)
     rounded = ((bits + (mask >> 1) + ((bits >> dropped) & 1)) & ~mask).view(torch.float64)
     if fmt != "fp16":
-        return rounded
+        return flush(rounded)
     return torch.where(x.abs() < FP16_SMALLEST_NORMAL, torch.round(x / FP16_QUANTUM) * FP16_QUANTUM, rounded)
 
 
