@@ -24,7 +24,7 @@ from kda_optimized.forward_prepare import kda_chunk_fwd_prepare_kernel
 from kda_optimized.forward_segments import kda_chunk_fwd_segments_kernel
 from kda_optimized.forward_walk import kda_chunk_fwd_walk_kernel
 from kda_optimized.launch import Launch, strides, submit
-from kda_optimized.launch_config import LaunchConfig, choose, padded, rules_of, tile
+from kda_optimized.launch_config import LaunchConfig, config_of, padded, tile
 from kda_optimized.packing import Schedule, Segments, chunk_length, offsets_of, schedule, segments
 from kda_optimized.recurrent import kda_recurrent_fwd_kernel
 
@@ -110,7 +110,7 @@ class Call:
     def config(self, kernel: Any) -> LaunchConfig:  # noqa: ANN401 - a Triton function
         """Return how a kernel is launched."""
         width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
-        return choose(rules_of(kernel.__name__, self.device), 4 if self.exact else 2, width, self.schedule.chunk_len)
+        return config_of(kernel.__name__, self.device, 4 if self.exact else 2, width, self.schedule.chunk_len)
 
     def pick(self, *names: str) -> dict[str, int]:
         """Return some of the constants H, G, K and V."""

@@ -58,6 +58,7 @@ class LaunchConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """Return the name of a device's architecture, ``sm_90`` for an H100."""
     if device.type != "cuda":
@@ -88,9 +89,17 @@ def using(other: Table) -> Iterator[None]:
         _in_place.pop()
 
 
-def rules_of(kernel: str, device: torch.device) -> list[dict[str, Any]]:
-    """Return the rules of a kernel on a device."""
-    return (_in_place[-1] if _in_place else table(architecture(device)))[kernel]
+def config_of(kernel: str, device: torch.device, operand_bytes: int, width: int, tokens: int) -> LaunchConfig:
+    """Return how a kernel is launched on a device."""
+    if _in_place:
+        return choose(_in_place[-1][kernel], operand_bytes, width, tokens)
+    return _tabulated(architecture(device), kernel, operand_bytes, width, tokens)
+
+
+@cache
+def _tabulated(name: str, kernel: str, operand_bytes: int, width: int, tokens: int) -> LaunchConfig:
+    """Look a rule up; once, since a short call costs the host more than the device."""
+    return choose(table(name)[kernel], operand_bytes, width, tokens)
 
 
 def fits(rule: dict[str, Any], operand_bytes: int, width: int, tokens: int) -> bool:
