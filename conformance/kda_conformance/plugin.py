@@ -76,7 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
     if config.getoption("kda_first_failure"):
         config.stash[BROKEN] = set()
-    if path := config.getoption("kda_rows"):
+    # Of several processes the one that collects the reports of all writes the rows.
+    if (path := config.getoption("kda_rows")) and not hasattr(config, "workerinput"):
         subject = config.stash[SUBJECT]
         writer = RowWriter(Path(path))
         config.stash[WRITER] = writer

@@ -46,3 +46,33 @@ def test_a_law_that_makes_its_own_calls_is_reproduced_by_its_row(tmp_path: Path)
     done = kda(*verdict["reproduction"].split()[1:])
     assert done.returncode == 1, done.stdout
     assert "no kernel for this device" in done.stdout
+
+
+def test_rows_are_written_once_whatever_the_number_of_processes(tmp_path: Path) -> None:
+    path, rows = tmp_path / "candidate.py", tmp_path / "rows.jsonl"
+    path.write_text(BROKEN)
+    suite = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--pyargs",
+        "kda_conformance.suite",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "2",
+    ]
+    options = [
+        "--impl",
+        f"{path}:crashes",
+        "--law",
+        "exact-arithmetic-oracle",
+        "--effort",
+        "quick",
+        "--kda-rows",
+        str(rows),
+    ]
+    subprocess.run([*suite, *options], capture_output=True, check=False)
+    kinds = [json.loads(line)["kind"] for line in rows.read_text().splitlines()]
+    assert kinds == ["run", "verdict", "finish"]
