@@ -139,7 +139,9 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
             spread = spread + _pool(name, torch.stack(cut).square().sum(0))
         spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)
         dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
-        strict = (spread + (certified.bound[name] + SMALLEST[dtype]) ** 2).clamp(min=SMALLEST[torch.float64])
+        # What underflows at every token adds up along the sequence; a float16 output underflows once.
+        smallest = SMALLEST[dtype] * (1 if dtype == torch.float16 else max(1, inputs.q.shape[1]))
+        strict = (spread + (certified.bound[name] + smallest) ** 2).clamp(min=SMALLEST[torch.float64])
         entry = TensorBudget(value=value, variance=strict, gain_rms=0.0, strict_variance=strict)
         if name in extra:
             entry = replace(entry, variance=strict + unit**2 * extra[name])
