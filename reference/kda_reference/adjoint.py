@@ -138,8 +138,8 @@ def recurrent_kda_vjp(
     return KdaResult(o=packing.gather(outputs), final_state=final_state), KdaGradients(**named)
 
 
-def store(tensors: Operands, t: int, parts: Operands) -> None:
-    """Write one token's part of each operand into ``[N, G, T, *]``."""
+def store(tensors: Operands, t: int | slice, parts: Operands) -> None:
+    """Write the part of one or more tokens of each operand into ``[N, G, T, *]``."""
     for tensor, part in zip(tensors, parts, strict=True):
         tensor[:, :, t] = part
 

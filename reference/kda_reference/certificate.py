@@ -25,7 +25,7 @@ from kda_reference.contract import KdaInputs, check_inputs
 from kda_reference.packing import SideBySide, call_layout, initial_state
 from kda_reference.pullback import pull_back
 from kda_reference.recurrence import recurrence
-from kda_reference.recurrence_bounds import Factors, StepBound, factors, forward_bounds, reverse_bounds
+from kda_reference.recurrence_bounds import Factors, ForwardBounds, factors, forward_bounds, reverse_bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,24 +74,25 @@ class _Forward:
         found = input_errors(inputs)
         errors = InputErrors(found.qk, found.beta, self.packing.spread(found.log_decay))
         self.factors: Factors = factors(self.x, inputs.effective_scale, errors)
-        self.states, self.errors, self.bounds = [initial_state(inputs)], list[torch.Tensor](), list[StepBound]()
-        self.outputs, self.output_bounds = torch.empty_like(self.x.v), torch.empty_like(self.x.v)
+        self.states, self.errors = [initial_state(inputs)], list[torch.Tensor]()
+        self.outputs = torch.empty_like(self.x.v)
+        self.bounds = ForwardBounds(*(torch.empty_like(self.x.v) for _ in range(3)))
         steps = recurrence(self.x, self.states[0], inputs.effective_scale)
-        for t, (step, bound) in enumerate(forward_bounds(self.factors, steps)):
-            self.outputs[:, :, t], self.output_bounds[:, :, t] = step.output, bound.output
+        for t, group, bound in forward_bounds(self.factors, steps):
+            self.outputs[:, :, t] = torch.stack([step.output for step in group], 2)
+            for tensor, part in zip(self.bounds, bound, strict=True):
+                tensor[:, :, t] = part
             if not keep:
                 self.states.clear()
-                self.bounds.clear()
-            self.states.append(step.state)
-            self.errors.append(step.error)
-            self.bounds.append(bound)
+            self.states += [step.state for step in group]
+            self.errors += [step.error for step in group]
 
     def certified(self) -> Certified:
         """Return the outputs, with bounds that are not inflated yet."""
-        state = self.states[-1]
-        state_bound = self.bounds[-1].state[..., None, :].expand_as(state) if self.bounds else torch.zeros_like(state)
+        state, num_tokens = self.states[-1], self.x.v.shape[2]
+        state_bound = self.bounds.state[:, :, -1, None, :].expand_as(state) if num_tokens else torch.zeros_like(state)
         value = {"o": self.packing.gather(self.outputs), "final_state": call_layout(self.inputs, state)}
-        bound = {"o": self.packing.gather(self.output_bounds), "final_state": call_layout(self.inputs, state_bound)}
+        bound = {"o": self.packing.gather(self.bounds.output), "final_state": call_layout(self.inputs, state_bound)}
         return Certified(value=value, bound=bound, dot_norm={name: torch.zeros_like(x) for name, x in value.items()})
 
     def inflated(self, bound: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,13 +168,15 @@ def certified_kda_vjp(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor
     gradients, bounds, norms = (Operands(*(torch.empty_like(operand) for operand in run.x)) for _ in range(3))
     cotangent_bound = torch.zeros_like(cotangent[..., 0, :])
     steps = reverse_recurrence(run.x, run.states, run.errors, do_NGTV, cotangent, inputs.effective_scale)
-    t = len(run.errors)
-    for step, bound in reverse_bounds(run.factors, run.x, run.states, run.errors, run.bounds, do_NGTV, steps):
-        t -= 1
-        store(gradients, t, step.gradients)
-        store(bounds, t, bound.gradients)
-        store(norms, t, bound.norms)
-        cotangent, cotangent_bound = step.next_cotangent, bound.cotangent
+    bounded = reverse_bounds(run.factors, run.x, run.states, run.errors, run.bounds, do_NGTV, steps)
+    for t, group, found in bounded:
+        parts = (
+            Operands(*(torch.stack(x, 2) for x in zip(*(step.gradients for step in group), strict=True))),
+            *found[:2],
+        )
+        for total, part in zip((gradients, bounds, norms), parts, strict=True):
+            store(total, t, part)
+        cotangent, cotangent_bound = group[0].next_cotangent, found.cotangent
     operator, operator_bound, operator_norm = (
         Operands(*(run.packing.gather(tensor) for tensor in group)) for group in (gradients, bounds, norms)
     )

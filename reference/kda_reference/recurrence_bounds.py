@@ -17,13 +17,15 @@ reverse pass applies transposed steps, with the same norms. Bounds by element wo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
 from kda_reference.activation_bounds import UNDERFLOW, UNIT, InputErrors
 from kda_reference.activations import Operands
 from kda_reference.adjoint import along_values
+from kda_reference.recurrence import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +33,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kda_reference.adjoint import ReverseStep
-    from kda_reference.recurrence import Step
+
+# Few enough to stay in a processor's cache, many enough to spread the cost of starting an operation.
+TOKENS_AT_ONCE = 8
+# More than the norm of a column whose squares underflow to nothing.
+LOST_NORM = 1e-150
+
+_Step = TypeVar("_Step")
 
 
 class Factors(NamedTuple):
@@ -48,16 +56,16 @@ class Factors(NamedTuple):
     errors: InputErrors
 
 
-class StepBound(NamedTuple):
-    """Bounds ``[N, G, V]`` of one token: by column of the state after it, of its prediction error and output."""
+class ForwardBounds(NamedTuple):
+    """Bounds of consecutive tokens ``[N, G, tokens, V]``: by column of the state after each, of its prediction error and output."""
 
     state: Tensor
     error: Tensor
     output: Tensor
 
 
-class ReverseBound(NamedTuple):
-    """Bounds of one token's gradients, root sums of squares behind them, and the next cotangent's bound by column."""
+class ReverseBounds(NamedTuple):
+    """Bounds of consecutive tokens' gradients, and root sums of squares behind them; the cotangent's bound by column before them."""
 
     gradients: Operands
     norms: Operands
@@ -86,21 +94,36 @@ def factors(x: Operands, scale: float, errors: InputErrors) -> Factors:
     )
 
 
-def forward_bounds(f: Factors, steps: Iterable[Step]) -> Iterator[tuple[Step, StepBound]]:
-    """Pass the steps of the recurrence on, each with its bounds."""
+def forward_bounds(f: Factors, steps: Iterable[Step]) -> Iterator[tuple[slice, list[Step], ForwardBounds]]:
+    """Gather the steps of the recurrence, and bound them.
+
+    Yields
+    ------
+    tuple[slice, list[Step], ForwardBounds]
+        Tokens, their steps, and their bounds.
+    """
     k_width = f.decay.shape[-1]
-    bound = torch.zeros_like(f.k_norm[:, :, 0]) if f.k_norm.shape[2] else f.k_norm
-    for t, step in enumerate(steps):
-        k_norm, stretch, beta = f.k_norm[:, :, t], f.stretch[:, :, t], f.beta[:, :, t]
-        error, state_norm = step.error.abs(), step.state.norm(dim=-2)
-        fresh = (f.decay_error[:, :, t, :, None] * step.decayed).norm(dim=-2) + UNDERFLOW
-        decayed = f.largest_decay[:, :, t] * bound + fresh
-        rounding = (gamma(k_width + 2) + f.errors.qk) * k_norm * step.decayed.norm(dim=-2) + UNIT * error + UNDERFLOW
+    state_bound = torch.zeros_like(f.k_norm[:, :, 0]) if f.k_norm.shape[2] else f.k_norm
+    start = 0
+    for group in _groups(steps):
+        t = slice(start, start + len(group))
+        start, step = t.stop, Step(*(torch.stack(parts, 2) for parts in zip(*group, strict=True)))
+        k_norm, stretch, beta, error = f.k_norm[:, :, t], f.stretch[:, :, t], f.beta[:, :, t], step.error.abs()
+        (state_norm,) = _column_norms(step.state.square_(), None)
+        decayed_norm, fresh = _column_norms(step.decayed.square_(), None, f.decay_error[:, :, t])
+        rounding = (gamma(k_width + 2) + f.errors.qk) * k_norm * decayed_norm + UNIT * error + UNDERFLOW
         written = k_norm * beta * (rounding + (2 * UNIT + f.errors.beta + f.errors.qk) * error)
-        bound = stretch * decayed + written + UNIT * state_norm + UNDERFLOW
-        read = f.scale * f.q_norm[:, :, t] * (bound + (gamma(k_width + 4) + f.errors.qk) * state_norm)
+        added = stretch * fresh + written + UNIT * state_norm + UNDERFLOW
+        grown = stretch * f.largest_decay[:, :, t]
+        before = torch.empty_like(added)
+        after = torch.empty_like(added)
+        for i in range(len(group)):
+            before[:, :, i] = state_bound
+            after[:, :, i] = state_bound = grown[:, :, i] * state_bound + added[:, :, i]
+        decayed = f.largest_decay[:, :, t] * before + fresh
+        read = f.scale * f.q_norm[:, :, t] * (after + (gamma(k_width + 4) + f.errors.qk) * state_norm)
         output = read + UNIT * step.output.abs() + UNDERFLOW
-        yield step, StepBound(state=bound, error=k_norm * decayed + rounding, output=output)
+        yield t, group, ForwardBounds(state=after, error=k_norm * decayed + rounding, output=output)
 
 
 def reverse_bounds(
@@ -108,11 +131,11 @@ def reverse_bounds(
     x: Operands,
     states: Sequence[Tensor],
     errors: Sequence[Tensor],
-    bounds: Sequence[StepBound],
+    bounds: ForwardBounds,
     do: Tensor,
     steps: Iterable[ReverseStep],
-) -> Iterator[tuple[ReverseStep, ReverseBound]]:
-    """Pass the steps of the reverse recurrence on, each with its bounds.
+) -> Iterator[tuple[slice, list[ReverseStep], ReverseBounds]]:
+    """Gather the steps of the reverse recurrence, and bound their gradients.
 
     Parameters
     ----------
@@ -121,63 +144,87 @@ def reverse_bounds(
     x, states, errors, do
         As for :func:`kda_reference.adjoint.reverse_recurrence`.
     bounds
-        What :func:`forward_bounds` found for each token.
+        What :func:`forward_bounds` found for all tokens.
     steps
         The reverse steps, last token first.
+
+    Yields
+    ------
+    tuple[slice, list[ReverseStep], ReverseBounds]
+        Tokens, their reverse steps from the first token to the last, and their bounds; later tokens first.
     """
     num_tokens, k_width, v_width = len(errors), f.decay.shape[-1], do.shape[-1]
     gamma_k, gamma_v = gamma(k_width + 2) + f.errors.qk, gamma(2 * v_width + 8) + f.errors.beta
     input_error = 2 * UNIT + f.errors.beta + f.errors.qk
-    bound = torch.zeros_like(f.k_norm[:, :, 0]) if num_tokens else f.k_norm
-    for t, step in zip(reversed(range(num_tokens)), steps, strict=True):
-        decay, decay_error, beta = f.decay[:, :, t], f.decay_error[:, :, t], f.beta[:, :, t]
-        k_norm, scaled_q = f.k_norm[:, :, t], f.scale * f.q_norm[:, :, t]
-        e, ee, w, do_t = errors[t].abs(), bounds[t].error, step.projection.abs(), do[:, :, t].abs()
-        before = bounds[t - 1].state if t else torch.zeros_like(ee)
-        state, decayed, lam, dr = (
-            matrix.abs() for matrix in (states[t + 1], step.decayed, step.cotangent, step.decayed_cotangent)
+    before_all = torch.cat([torch.zeros_like(bounds.state[:, :, :1]), bounds.state], 2)
+    bound, stop = torch.zeros_like(bounds.state[:, :, 0]) if num_tokens else f.k_norm, num_tokens
+    for group in _groups(steps):
+        group.reverse()
+        t = slice(stop - len(group), stop)
+        stop = t.start
+        projection, lam, decayed, dr = (
+            torch.stack(parts, 2).abs_()
+            for parts in zip(*((s.projection, s.cotangent, s.decayed, s.decayed_cotangent) for s in group), strict=True)
         )
+        decay_error, beta, k_norm = f.decay_error[:, :, t], f.beta[:, :, t], f.k_norm[:, :, t]
+        decay, stretch, scaled_q = f.decay[:, :, t] * (1 + decay_error), f.stretch[:, :, t], f.scale * f.q_norm[:, :, t]
+        e, ee, w, do_t = torch.stack(errors[t], 2).abs(), bounds.error[:, :, t], projection, do[:, :, t].abs()
+        before, after = before_all[:, :, t], bounds.state[:, :, t]
+        state = torch.stack(states[t.start + 1 : t.stop + 1], 2).abs_()
+        lam_squares, product = lam.square(), dr * decayed
+        lam_norm, dv_norm = _column_norms(lam_squares, None, x.k[:, :, t])
+        by_before = along_values(dr, before)
+        dr_norm, fresh = _column_norms(dr.square_(), None, decay_error * decay)
 
-        lam_norm = lam.norm(dim=-2)
-        bound = bound + UNIT * lam_norm + (5 * UNIT + f.errors.qk) * scaled_q * do_t + UNDERFLOW
         rounding = gamma_k * k_norm * lam_norm + UNDERFLOW
-        ew = k_norm * bound + rounding
-        dr_bound = f.stretch[:, :, t] * bound + beta * k_norm * (rounding + input_error * w)
-        dr_bound = dr_bound + UNIT * dr.norm(dim=-2) + UNDERFLOW
-        gradients = Operands(
-            q=f.scale * (_dot(bounds[t].state, do_t) + gamma_v * along_values(state, do_t)),
+        read = UNIT * lam_norm + (5 * UNIT + f.errors.qk) * scaled_q * do_t + UNDERFLOW
+        erased = beta * k_norm * (rounding + input_error * w) + UNIT * dr_norm + UNDERFLOW
+        largest_decay, lam_bound = f.largest_decay[:, :, t], torch.empty_like(read)
+        for i in reversed(range(len(group))):
+            lam_bound[:, :, i] = bound + read[:, :, i]
+            bound = stretch[:, :, i] * lam_bound[:, :, i] + erased[:, :, i]
+            bound = largest_decay[:, :, i] * bound + fresh[:, :, i] + UNDERFLOW
+        dr_bound, ew = stretch * lam_bound + erased, k_norm * lam_bound + rounding
+        by_ew, by_w, by_dr = (decayed @ torch.stack([ew, w, dr_bound], -1)).unbind(-1)
+        found = Operands(
+            q=f.scale * (_dot(after, do_t) + gamma_v * along_values(state, do_t)),
             k=beta
             * (
-                _dot(bound, e + ee)
+                _dot(lam_bound, e + ee)
                 + along_values(lam, ee + gamma_v * e)
-                + decay * (1 + decay_error) * _dot(before, w + ew)
-                + along_values(decayed, ew)
-                + (gamma_v + decay_error) * along_values(decayed, w)
+                + decay * _dot(before, w + ew)
+                + by_ew
+                + (gamma_v + decay_error) * by_w
             ),
             v=beta * (ew + (UNIT + f.errors.beta) * w),
-            log_decay=along_values(decayed, dr_bound)
-            + decay * (1 + decay_error) * (_dot(dr_bound, before) + along_values(dr, before))
-            + (gamma_v + decay_error) * (dr * decayed).sum(-1),
+            log_decay=by_dr
+            + decay * (_dot(dr_bound, before) + by_before)
+            + (gamma_v + decay_error) * product.sum(-1),
             beta=(ew * (e + ee) + w * (ee + gamma_v * e)).sum(-1),
         )
         norms = Operands(
-            q=f.scale * _row_norms(state, do_t),
-            k=beta * torch.hypot(_row_norms(lam, e), _row_norms(decayed, w)),
-            v=beta * (x.k[:, :, t, :, None] * lam).norm(dim=-2),
-            log_decay=(dr * decayed).norm(dim=-1),
+            q=f.scale * along_values(state.square_(), do_t.square()).sqrt(),
+            k=beta * (along_values(lam_squares, e.square()) + along_values(decayed.square_(), w.square())).sqrt(),
+            v=beta * dv_norm,
+            log_decay=product.square_().sum(-1).sqrt(),
             beta=(w * e).norm(dim=-1),
         )
-        fresh = (decay_error[..., :, None] * step.next_cotangent).norm(dim=-2)
-        bound = f.largest_decay[:, :, t] * dr_bound + fresh + UNDERFLOW
-        yield step, ReverseBound(Operands(*(gradient + UNDERFLOW for gradient in gradients)), norms, bound)
+        yield t, group, ReverseBounds(Operands(*(part + UNDERFLOW for part in found)), norms, bound)
+
+
+def _column_norms(squares: Tensor, *factors: Tensor | None) -> tuple[Tensor, ...]:
+    """Return at least the norms of the columns of ``Diag(factor) M`` for each factor ``[..., K]``, given the squares of M."""
+    one = torch.ones_like(squares[..., 0])
+    weights = torch.stack([one if x is None else x.abs().clamp(min=LOST_NORM).square() for x in factors], -2)
+    return ((weights @ squares).sqrt() + LOST_NORM).unbind(-2)
+
+
+def _groups(steps: Iterable[_Step]) -> Iterator[list[_Step]]:
+    rest = iter(steps)
+    while group := list(islice(rest, TOKENS_AT_ONCE)):
+        yield group
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Return ``sum_v a_v b_v`` as ``[..., 1]``, to stand beside any channel."""
     return (a * b).sum(-1, keepdim=True)
-
-
-def _row_norms(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Return the norms of the rows of ``matrix * vector``: ``[..., K, V]`` and ``[..., V]`` to ``[..., K]``."""
-    norms: Tensor = (matrix * vector[..., None, :]).norm(dim=-1)
-    return norms
