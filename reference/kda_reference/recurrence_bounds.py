@@ -197,9 +197,7 @@ def reverse_bounds(
                 + (gamma_v + decay_error) * by_w
             ),
             v=beta * (ew + (UNIT + f.errors.beta) * w),
-            log_decay=by_dr
-            + decay * (_dot(dr_bound, before) + by_before)
-            + (gamma_v + decay_error) * product.sum(-1),
+            log_decay=by_dr + decay * (_dot(dr_bound, before) + by_before) + (gamma_v + decay_error) * product.sum(-1),
             beta=(ew * (e + ee) + w * (ee + gamma_v * e)).sum(-1),
         )
         norms = Operands(
