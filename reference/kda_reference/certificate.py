@@ -157,7 +157,7 @@ def certified_kda_vjp(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor
 
     Notes
     -----
-    Cost about three times that of :func:`kda_reference.recurrent_kda_vjp`, memory the same.
+    Cost below three times that of :func:`kda_reference.recurrent_kda_vjp`, memory the same; measured in ``docs/numerics.md``.
 
     References
     ----------
@@ -169,14 +169,14 @@ def certified_kda_vjp(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor
     cotangent_bound = torch.zeros_like(cotangent[..., 0, :])
     steps = reverse_recurrence(run.x, run.states, run.errors, do_NGTV, cotangent, inputs.effective_scale)
     bounded = reverse_bounds(run.factors, run.x, run.states, run.errors, run.bounds, do_NGTV, steps)
-    for t, group, found in bounded:
+    for t, group, fresh in bounded:
         parts = (
             Operands(*(torch.stack(x, 2) for x in zip(*(step.gradients for step in group), strict=True))),
-            *found[:2],
+            *fresh[:2],
         )
         for total, part in zip((gradients, bounds, norms), parts, strict=True):
             store(total, t, part)
-        cotangent, cotangent_bound = group[0].next_cotangent, found.cotangent
+        cotangent, cotangent_bound = group[0].next_cotangent, fresh.cotangent
     operator, operator_bound, operator_norm = (
         Operands(*(run.packing.gather(tensor) for tensor in group)) for group in (gradients, bounds, norms)
     )

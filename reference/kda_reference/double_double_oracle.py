@@ -209,7 +209,7 @@ def _matrix(inputs: KdaInputs, state: Tensor) -> np.ndarray[tuple[int, ...], np.
 
 
 def _doubles(x: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    return x.detach().double().cpu().numpy()  # type: ignore[no-any-return]
+    return x.detach().double().cpu().numpy()
 
 
 def _put(target: DoubleDouble, index: int | tuple[int, int], part: DoubleDouble) -> None:

@@ -28,7 +28,7 @@ from kda_reference.adjoint import along_values
 from kda_reference.recurrence import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -129,8 +129,8 @@ def forward_bounds(f: Factors, steps: Iterable[Step]) -> Iterator[tuple[slice, l
 def reverse_bounds(
     f: Factors,
     x: Operands,
-    states: Sequence[Tensor],
-    errors: Sequence[Tensor],
+    states: list[Tensor],
+    errors: list[Tensor],
     bounds: ForwardBounds,
     do: Tensor,
     steps: Iterable[ReverseStep],
