@@ -53,6 +53,8 @@ NEAREST_CHUNKS = (64, 128)
 TRUNCATED_CHUNKS = (16, 48, 64, 128)
 NUM_CHUNKWISE = sum(group.size for group in GROUPS)
 SMOOTHING_WIDTH = 17
+# How much finer than the deviation of correct computations the reference has to be.
+FINER = 4.0
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 INPUT_DTYPE_TENSORS = ("o", "dq", "dk", "dv")
 
@@ -93,6 +95,12 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         Cotangents of the outputs; both ``None`` means outputs only.
     arithmetic
         The declared arithmetic class.
+
+    Raises
+    ------
+    CertificateError
+        If the reference's own error may be more than a quarter of the deviation that correct computations show, the float32 one for
+        fp64: then nothing can be judged with it.
     """
     inputs = inputs.replace(output_final_state=True)
     members = Members(inputs, do, dfinal_state)
@@ -137,8 +145,11 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         )
         if cut:
             spread = spread + _pool(name, torch.stack(cut).square().sum(0))
-        spread = unit**2 * (spread + (kappa * certified.dot_norm[name]) ** 2)
+        spread = spread + (kappa * certified.dot_norm[name]) ** 2
         dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
+        if spread.numel():
+            certified.demand(name, float(spread.max()) ** 0.5 / FINER + SMALLEST[torch.float32])
+        spread = unit**2 * spread
         # What underflows at every token adds up along the sequence; a float16 output underflows once.
         smallest = SMALLEST[dtype] * (1 if dtype == torch.float16 else max(1, inputs.q.shape[1]))
         strict = (spread + (certified.bound[name] + smallest) ** 2).clamp(min=SMALLEST[torch.float64])

@@ -22,6 +22,7 @@ from kda_reference.activation_bounds import (
 from kda_reference.activations import Operands, apply_activations
 from kda_reference.adjoint import reverse_recurrence, spread_cotangents, store
 from kda_reference.contract import KdaInputs, check_inputs
+from kda_reference.errors import CertificateError
 from kda_reference.packing import SideBySide, call_layout, initial_state
 from kda_reference.pullback import pull_back
 from kda_reference.recurrence import recurrence
@@ -62,6 +63,30 @@ class Certified:
     value: dict[str, Tensor]
     bound: dict[str, Tensor]
     dot_norm: dict[str, Tensor]
+
+    def demand(self, name: str, allowed: float) -> None:
+        """Refuse a result whose bound is too wide for the judgement at hand.
+
+        Parameters
+        ----------
+        name
+            The tensor's name.
+        allowed
+            The largest error that the reference may have in any element.
+
+        Raises
+        ------
+        CertificateError
+            If the bound of some element is larger, or is not a number; names the element.
+        """
+        bound = self.bound[name]
+        if bound.numel() and not bool((bound <= allowed).all()):
+            index = tuple(int(i) for i in torch.unravel_index((~(bound <= allowed)).flatten().int().argmax(), bound.shape))
+            message = (
+                f"{name} of the reference must be certified within {allowed:.3g} to judge an implementation, got the bound "
+                f"{bound[index].item():.3g} at index {index}; keep keys at unit length, or shorten the sequence"
+            )
+            raise CertificateError(message)
 
 
 class _Forward:

@@ -30,3 +30,7 @@ class PackingError(KdaError):
 
 class FlagError(KdaError):
     """A flag misses the argument it needs, or excludes another that was given."""
+
+
+class CertificateError(KdaError):
+    """The reference cannot certify its result closely enough for anything to be judged with it."""
