@@ -104,7 +104,9 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     """
     inputs = inputs.replace(output_final_state=True)
     members = Members(inputs, do, dfinal_state)
-    certified = certified_kda_vjp(inputs, do, dfinal_state) if members.backward else certified_kda(inputs)
+    certified = (
+        certified_kda_vjp(inputs, do, dfinal_state, dot_norms=True) if members.backward else certified_kda(inputs)
+    )
     device = inputs.q.device
     chunkwise = [
         members.chunkwise(
@@ -130,6 +132,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     ]
     unit = U64 / U32 if arithmetic.name == "fp64" else 1.0
     kappa = ACCUMULATION * U32 * (inputs.k.shape[-1] / 2) ** 0.5
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     budget: Budget = {}
     for name, value in certified.value.items():
         if name not in recurrences:
@@ -145,7 +148,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         )
         if cut:
             spread = spread + _pool(name, torch.stack(cut).square().sum(0))
-        spread = spread + (kappa * certified.dot_norm[name]) ** 2
+        spread = spread + (kappa * certified.dot_norm.get(name, zero)) ** 2
         dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
         if spread.numel():
             certified.demand(name, float(spread.max()) ** 0.5 / FINER + SMALLEST[torch.float32])

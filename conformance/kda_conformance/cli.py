@@ -18,17 +18,23 @@ from rich.console import Console
 from rich.table import Table
 
 from kda_conformance import bench, discovery, verify, workloads
-from kda_conformance.claims import UsageError
+from kda_conformance.claims import UsageError, narrow, read_claims
 from kda_conformance.contenders import contenders, installed_operators
-from kda_conformance.devices import interpret_triton_without_gpu
+from kda_conformance.devices import choose_device, interpret_triton_without_gpu
 from kda_conformance.planted import matrix, null_study
 from kda_conformance.planted.planting import variants
+from kda_conformance.vectors.build import build
+from kda_conformance.vectors.check import PUBLISHED, check
 
 FAIL, USAGE, NOTHING = 1, 2, 5
 
 app = typer.Typer(
     help="The neutral referee for Kimi Delta Attention.", no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+vectors_app = typer.Typer(help="Test vectors: data that a port in any language can use.", no_args_is_help=True)
+app.add_typer(vectors_app, name="vectors")
 
 
 class Effort(StrEnum):
@@ -193,6 +199,41 @@ def bench_command(
     console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if page else 'no page was rendered'}")
     measured = any(row["outcome"] == "measured" for row in rows)
     raise typer.Exit(FAIL if bench.failed(rows) else 0 if measured else NOTHING)
+
+
+@vectors_app.command("build")
+def vectors_build(out: Annotated[Path, typer.Option(help="Folder for the set.")] = PUBLISHED) -> None:
+    """Build the published vectors, the only way they are ever made."""
+    build(out, tell=typer.echo)
+
+
+@vectors_app.command("check")
+def vectors_check(
+    impl: Implementations = None,
+    vectors: Annotated[Path, typer.Option(help="Folder of the set.")] = PUBLISHED,
+    claims: Annotated[Path | None, typer.Option(help="TOML that narrows what the implementations claim.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where available and claimed.")] = None,
+) -> None:
+    """Judge implementations by the published vectors of the operator."""
+    interpret_triton_without_gpu()
+    console = Console(soft_wrap=True)
+    statuses = []
+    try:
+        for spec in list(impl) if impl else default_implementations():
+            implementation = discovery.find_implementation(spec)
+            if claims is not None:
+                implementation.claims = narrow(implementation.claims, read_claims(claims), str(claims))
+            standing = check(implementation, vectors, choose_device(device, implementation.claims, spec))
+            for line in standing.failures:
+                console.print(line, markup=False, highlight=False)
+            failed = len(standing.failures)
+            console.print(f"{spec}: {standing.passed} passed, {failed} failed, {standing.unclaimed} unclaimed")
+            empty = pytest.ExitCode.NO_TESTS_COLLECTED
+            statuses.append(int(failed > 0) if failed or standing.passed else int(empty))
+    except UsageError as error:
+        console.print(str(error), markup=False)
+        raise typer.Exit(USAGE) from error
+    raise typer.Exit(overall(statuses))
 
 
 @app.command("list")

@@ -57,7 +57,8 @@ class Certified:
     bound
         At least the distance of ``value`` from the exact result, per element.
     dot_norm
-        Root of the sum of squares of the terms of the last dot product behind each gradient; zero elsewhere.
+        Root of the sum of squares of the terms of the last dot product behind each gradient, zero for other tensors; empty unless
+        asked for.
     """
 
     value: dict[str, Tensor]
@@ -81,7 +82,9 @@ class Certified:
         """
         bound = self.bound[name]
         if bound.numel() and not bool((bound <= allowed).all()):
-            index = tuple(int(i) for i in torch.unravel_index((~(bound <= allowed)).flatten().int().argmax(), bound.shape))
+            index = tuple(
+                int(i) for i in torch.unravel_index((~(bound <= allowed)).flatten().int().argmax(), bound.shape)
+            )
             message = (
                 f"{name} of the reference must be certified within {allowed:.3g} to judge an implementation, got the bound "
                 f"{bound[index].item():.3g} at index {index}; keep keys at unit length, or shorten the sequence"
@@ -118,7 +121,7 @@ class _Forward:
         state_bound = self.bounds.state[:, :, -1, None, :].expand_as(state) if num_tokens else torch.zeros_like(state)
         value = {"o": self.packing.gather(self.outputs), "final_state": call_layout(self.inputs, state)}
         bound = {"o": self.packing.gather(self.bounds.output), "final_state": call_layout(self.inputs, state_bound)}
-        return Certified(value=value, bound=bound, dot_norm={name: torch.zeros_like(x) for name, x in value.items()})
+        return Certified(value=value, bound=bound, dot_norm={})
 
     def inflated(self, bound: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cover the rounding of the bounds themselves, and their terms of second order.
@@ -156,11 +159,13 @@ def certified_kda(inputs: KdaInputs) -> Certified:
     """
     forward = _Forward(inputs, keep=False)
     found = forward.certified()
-    return Certified(value=found.value, bound=forward.inflated(found.bound), dot_norm=found.dot_norm)
+    return Certified(value=found.value, bound=forward.inflated(found.bound), dot_norm={})
 
 
 @torch.no_grad()
-def certified_kda_vjp(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None = None) -> Certified:
+def certified_kda_vjp(
+    inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None = None, *, dot_norms: bool = False
+) -> Certified:
     """Evaluate a call and its gradients, and bound the error of both.
 
     Parameters
@@ -169,6 +174,8 @@ def certified_kda_vjp(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor
         The arguments of the call; magnitudes below 1e30.
     do, dfinal_state
         Cotangents, as in :func:`kda_reference.recurrent_kda_vjp`.
+    dot_norms
+        Whether ``dot_norm`` is wanted too; it costs as much as half of the bounds.
 
     Returns
     -------
@@ -193,27 +200,32 @@ def certified_kda_vjp(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor
     gradients, bounds, norms = (Operands(*(torch.empty_like(operand) for operand in run.x)) for _ in range(3))
     cotangent_bound = torch.zeros_like(cotangent[..., 0, :])
     steps = reverse_recurrence(run.x, run.states, run.errors, do_NGTV, cotangent, inputs.effective_scale)
-    bounded = reverse_bounds(run.factors, run.x, run.states, run.errors, run.bounds, do_NGTV, steps)
+    bounded = reverse_bounds(
+        run.factors, run.x, run.states, run.errors, run.bounds, do_NGTV, steps, dot_norms=dot_norms
+    )
     for t, group, fresh in bounded:
         parts = (
             Operands(*(torch.stack(x, 2) for x in zip(*(step.gradients for step in group), strict=True))),
-            *fresh[:2],
+            fresh.gradients,
+            fresh.norms,
         )
         for total, part in zip((gradients, bounds, norms), parts, strict=True):
-            store(total, t, part)
+            if part is not None:
+                store(total, t, part)
         cotangent, cotangent_bound = group[0].next_cotangent, fresh.cotangent
     operator, operator_bound, operator_norm = (
         Operands(*(run.packing.gather(tensor) for tensor in group)) for group in (gradients, bounds, norms)
     )
     found = run.certified()
-    value, bound_by_name, dot_norm = found.value, found.bound, found.dot_norm
+    value, bound_by_name = found.value, found.bound
     value |= _named(pull_back(inputs, operator))
     bound_by_name |= _named(pull_back_bounds(inputs, operator, operator_bound))
-    dot_norm |= _named(pull_back_norms(inputs, operator, operator_norm))
     if inputs.initial_state is not None:
         value["dinitial_state"] = call_layout(inputs, cotangent)
         bound_by_name["dinitial_state"] = call_layout(inputs, cotangent_bound[..., None, :].expand_as(cotangent))
-        dot_norm["dinitial_state"] = torch.zeros_like(value["dinitial_state"])
+    dot_norm = {name: torch.zeros_like(x) for name, x in value.items()} if dot_norms else {}
+    if dot_norms:
+        dot_norm |= _named(pull_back_norms(inputs, operator, operator_norm))
     return Certified(value=value, bound=run.inflated(bound_by_name), dot_norm=dot_norm)
 
 

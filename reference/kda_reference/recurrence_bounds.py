@@ -68,7 +68,7 @@ class ReverseBounds(NamedTuple):
     """Bounds of consecutive tokens' gradients, and root sums of squares behind them; the cotangent's bound by column before them."""
 
     gradients: Operands
-    norms: Operands
+    norms: Operands | None
     cotangent: Tensor
 
 
@@ -134,6 +134,8 @@ def reverse_bounds(
     bounds: ForwardBounds,
     do: Tensor,
     steps: Iterable[ReverseStep],
+    *,
+    dot_norms: bool,
 ) -> Iterator[tuple[slice, list[ReverseStep], ReverseBounds]]:
     """Gather the steps of the reverse recurrence, and bound their gradients.
 
@@ -147,6 +149,8 @@ def reverse_bounds(
         What :func:`forward_bounds` found for all tokens.
     steps
         The reverse steps, last token first.
+    dot_norms
+        Whether root sums of squares are wanted too; ``None`` in their place otherwise.
 
     Yields
     ------
@@ -162,17 +166,17 @@ def reverse_bounds(
         group.reverse()
         t = slice(stop - len(group), stop)
         stop = t.start
-        projection, lam, decayed, dr = (
+        projection, lam, dr = (
             torch.stack(parts, 2).abs_()
-            for parts in zip(*((s.projection, s.cotangent, s.decayed, s.decayed_cotangent) for s in group), strict=True)
+            for parts in zip(*((s.projection, s.cotangent, s.decayed_cotangent) for s in group), strict=True)
         )
+        around = torch.stack(states[t.start : t.stop + 1], 2).abs_()
         decay_error, beta, k_norm = f.decay_error[:, :, t], f.beta[:, :, t], f.k_norm[:, :, t]
         decay, stretch, scaled_q = f.decay[:, :, t] * (1 + decay_error), f.stretch[:, :, t], f.scale * f.q_norm[:, :, t]
         e, ee, w, do_t = torch.stack(errors[t], 2).abs(), bounds.error[:, :, t], projection, do[:, :, t].abs()
         before, after = before_all[:, :, t], bounds.state[:, :, t]
-        state = torch.stack(states[t.start + 1 : t.stop + 1], 2).abs_()
-        lam_squares, product = lam.square(), dr * decayed
-        lam_norm, dv_norm = _column_norms(lam_squares, None, x.k[:, :, t])
+        lam_squares, product = lam.square(), dr * around[:, :, :-1]
+        (lam_norm,) = _column_norms(lam_squares, None)
         by_before = along_values(dr, before)
         dr_norm, fresh = _column_norms(dr.square_(), None, decay_error * decay)
 
@@ -185,9 +189,9 @@ def reverse_bounds(
             bound = stretch[:, :, i] * lam_bound[:, :, i] + erased[:, :, i]
             bound = largest_decay[:, :, i] * bound + fresh[:, :, i] + UNDERFLOW
         dr_bound, ew = stretch * lam_bound + erased, k_norm * lam_bound + rounding
-        by_ew, by_w, by_dr = (decayed @ torch.stack([ew, w, dr_bound], -1)).unbind(-1)
+        by_ew, by_w, by_dr = (decay[..., None] * (around[:, :, :-1] @ torch.stack([ew, w, dr_bound], -1))).unbind(-1)
         found = Operands(
-            q=f.scale * (_dot(after, do_t) + gamma_v * along_values(state, do_t)),
+            q=f.scale * (_dot(after, do_t) + gamma_v * along_values(around[:, :, 1:], do_t)),
             k=beta
             * (
                 _dot(lam_bound, e + ee)
@@ -197,16 +201,23 @@ def reverse_bounds(
                 + (gamma_v + decay_error) * by_w
             ),
             v=beta * (ew + (UNIT + f.errors.beta) * w),
-            log_decay=by_dr + decay * (_dot(dr_bound, before) + by_before) + (gamma_v + decay_error) * product.sum(-1),
+            log_decay=by_dr
+            + decay * (_dot(dr_bound, before) + by_before)
+            + (gamma_v + decay_error) * decay * product.sum(-1),
             beta=(ew * (e + ee) + w * (ee + gamma_v * e)).sum(-1),
         )
-        norms = Operands(
-            q=f.scale * along_values(state.square_(), do_t.square()).sqrt(),
-            k=beta * (along_values(lam_squares, e.square()) + along_values(decayed.square_(), w.square())).sqrt(),
-            v=beta * dv_norm,
-            log_decay=product.square_().sum(-1).sqrt(),
-            beta=(w * e).norm(dim=-1),
-        )
+        norms = None
+        if dot_norms:
+            squares, plain = around.square_(), f.decay[:, :, t]
+            by_squares = plain.square() * along_values(squares[:, :, :-1], w.square())
+            (dv_norm,) = _column_norms(lam_squares, x.k[:, :, t])
+            norms = Operands(
+                q=f.scale * along_values(squares[:, :, 1:], do_t.square()).sqrt(),
+                k=beta * (along_values(lam_squares, e.square()) + by_squares).sqrt(),
+                v=beta * dv_norm,
+                log_decay=plain * product.square_().sum(-1).sqrt(),
+                beta=(w * e).norm(dim=-1),
+            )
         yield t, group, ReverseBounds(Operands(*(part + UNDERFLOW for part in found)), norms, bound)
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from kda_reference import (
+    CertificateError,
+    Certified,
     certified_kda,
     certified_kda_vjp,
     oracle_gradient,
@@ -21,7 +23,7 @@ from kda_reference.oracle import exact
 from reference_cases import GATES, VARIANTS, cotangents, make_inputs
 
 if TYPE_CHECKING:
-    from kda_reference import Certified, KdaInputs
+    from kda_reference import KdaInputs
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -92,7 +94,10 @@ def test_bounds_hold_for_steep_and_saturated_gates(gate_form: str) -> None:
 def test_values_are_those_of_the_recurrence_bit_for_bit(options: dict[str, Any]) -> None:
     inputs = make_inputs(**options)
     do, dfinal_state = cotangents(inputs)
-    certified, forward_only = certified_kda_vjp(inputs, do, dfinal_state), certified_kda(inputs)
+    certified, forward_only = certified_kda_vjp(inputs, do, dfinal_state, dot_norms=True), certified_kda(inputs)
+    without = certified_kda_vjp(inputs, do, dfinal_state)
+    assert without.dot_norm == forward_only.dot_norm == {}
+    assert all(torch.equal(without.bound[name], bound) for name, bound in certified.bound.items())
     result, gradients = recurrent_kda_vjp(inputs, do, dfinal_state)
     expected = {"o": result.o, "final_state": result.final_state}
     expected |= {GRADIENT_NAMES[name]: getattr(gradients, name) for name in inputs.tensors()}
@@ -145,7 +150,7 @@ def test_calls_without_tokens_are_exact() -> None:
 def test_dot_norms_are_roots_of_sums_of_squares() -> None:
     inputs = make_inputs(T=1, G=2, gate_form="softplus", scale=0.5)
     do, dfinal_state = cotangents(inputs)
-    found = certified_kda_vjp(inputs, do, dfinal_state)
+    found = certified_kda_vjp(inputs, do, dfinal_state, dot_norms=True)
     state = found.value["final_state"]
     dq = 0.5 * state[0] * do[0, 0][:, None, :]
     assert torch.allclose(found.dot_norm["dq"][0, 0, 0], dq.square().sum((0, 2)).sqrt(), rtol=1e-14)
@@ -154,3 +159,14 @@ def test_dot_norms_are_roots_of_sums_of_squares() -> None:
     assert torch.allclose(found.dot_norm["dv"][0, 0], dv.square().sum(1).sqrt(), rtol=1e-14)
     assert torch.allclose(found.dot_norm["ddt_bias"], found.value["dg"][0, 0].abs().flatten(), rtol=1e-14)
     assert found.dot_norm["o"].count_nonzero() == found.dot_norm["dinitial_state"].count_nonzero() == 0
+
+
+def test_a_result_that_cannot_judge_is_refused() -> None:
+    inputs = make_inputs(T=60, gate="zero")
+    long_keys = certified_kda(inputs.replace(k=3 * inputs.k))
+    certified_kda(inputs).demand("o", 1e-9)
+    with pytest.raises(CertificateError, match=r"o of the reference must be certified within 1e-09 .* at index \(0, "):
+        long_keys.demand("o", 1e-9)
+    broken = Certified(value={}, bound={"o": torch.tensor([0.0, torch.nan])}, dot_norm={})
+    with pytest.raises(CertificateError, match=r"got the bound nan at index \(1,\)"):
+        broken.demand("o", 1.0)

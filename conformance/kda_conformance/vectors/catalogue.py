@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SMALL = "K=8 V=6"
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65)
 IN_KERNEL = "l2norm=1 sigmoid=1"
+FORMS, BOTH, SIMILAR = ("softplus", "bounded"), (1, 2), ("near", "same", "orthogonal")
 
 
 def cases_of(group: str) -> list[Case]:
@@ -28,7 +29,7 @@ def _forward() -> Iterable[str]:
     yield "T=1 K=1 V=1 gate=constant state=0"
     yield from (f"T={t} {SMALL} gate=moderate state=0" for t in LENGTHS)
     yield from (f"T=20 {SMALL} gate={gate} state=0" for gate in GATES)
-    yield from (f"T=24 {SMALL} keys={keys} beta_max={top} state=0" for keys in KEYS for top in (1, 2))
+    yield from (f"T=24 {SMALL} keys={keys} beta_max={top} state=0" for keys in KEYS for top in BOTH)
     yield from (f"T=18 {SMALL} strengths={strengths} state=0" for strengths in STRENGTHS)
     yield from (
         f"T=22 {SMALL} gate=uniform values={values} state=0"
@@ -49,7 +50,7 @@ def _state() -> Iterable[str]:
     yield from (
         f"T=21 {SMALL} gate=zero keys={keys} strengths=one beta_max={top}"
         for keys in ("near", "same", "orthogonal")
-        for top in (1, 2)
+        for top in BOTH
     )
     yield from (f"B=3 T=6 H=2 G=2 K=6 V=4 gate=mixed v_first={first}" for first in (0, 1))
     yield from (f"T=0 {SMALL} v_first={first}" for first in (0, 1))
@@ -59,14 +60,14 @@ def _state() -> Iterable[str]:
 def _gradients() -> Iterable[str]:
     yield from (f"T={t} {SMALL} gate=moderate" for t in LENGTHS[:9])
     yield from (f"T=12 {SMALL} gate={gate}" for gate in GATES)
-    yield from (f"T=16 K=6 V=4 keys={keys} beta_max={top}" for keys in KEYS for top in (1, 2))
+    yield from (f"T=16 K=6 V=4 keys={keys} beta_max={top}" for keys in KEYS for top in BOTH)
     yield from (f"T=12 {SMALL} gate=mixed cotangent={cotangent}" for cotangent in ("o", "state"))
     yield from (f"T=13 K=6 V=4 gate=uniform cotangent={cotangent} state=0" for cotangent in ("o", "state"))
     yield from (f"T=11 K=6 V=4 gate=mixed {IN_KERNEL} keys={keys}" for keys in ("random", "small", "zero_rows"))
     yield from (
         f"T=11 K=6 V=4 gate=uniform gate_form={form} {IN_KERNEL} beta_max={top}"
         for form in ("softplus", "bounded")
-        for top in (1, 2)
+        for top in BOTH
     )
     yield f"T=11 K=6 V=4 gate=uniform gate_form=bounded slope=0 {IN_KERNEL}"
     yield from (f"T=10 H=1 G={g} K=6 V=4 gate=mixed {flags}" for g in (2, 3) for flags in ("", IN_KERNEL))
@@ -95,17 +96,16 @@ def _gates() -> Iterable[str]:
     yield from (
         f"T=10 {SMALL} gate=moderate gate_form={form} {IN_KERNEL} beta_max={top}"
         for form in ("softplus", "bounded")
-        for top in (1, 2)
+        for top in BOTH
     )
     yield from (
-        f"T=10 {SMALL} gate=uniform gate_form=softplus shallow=1 {IN_KERNEL} strengths={s}"
-        for s in ("random", "near_one", "faint")
+        f"T=10 {SMALL} gate=uniform gate_form=softplus shallow=1 {IN_KERNEL} strengths={s}" for s in ("random", "faint")
     )
     yield from (
-        f"T=10 {SMALL} sigmoid=1 beta_max={top} strengths={s}" for top in (1, 2) for s in ("random", "tiny", "near_one")
+        f"T=10 {SMALL} sigmoid=1 beta_max={top} strengths={s}" for top in BOTH for s in ("random", "tiny", "near_one")
     )
     yield from (f"T=10 {SMALL} l2norm=1 keys={keys}" for keys in KEYS)
-    yield from (f"T=8 H=2 G=4 K=6 V=4 gate=moderate gate_form={form} {IN_KERNEL}" for form in ("softplus", "bounded"))
+    yield from (f"T=8 H=2 G=4 K=6 V=4 gate=moderate gate_form={form} {IN_KERNEL}" for form in FORMS)
 
 
 def _varlen() -> Iterable[str]:
@@ -152,6 +152,3 @@ GROUPS: dict[str, list[str]] = {
     "grouped": list(_grouped()),
 }
 """Texts of cases by group; each case of ``decode`` becomes one vector a token."""
-
-NARROW_ONLY = ("huge", "least")
-"""Regimes of values whose magnitude no float16 holds."""

@@ -32,7 +32,7 @@ def write_group(folder: Path, group: str, version: str, vectors: Iterable[Vector
     lines = []
     for vector in vectors:
         stored = _tensors(vector)
-        tensors |= {f"{vector.id}.{name}": x.contiguous() for name, x in stored.items()}
+        tensors |= {f"{vector.id}.{name}": x.clone(memory_format=torch.contiguous_format) for name, x in stored.items()}
         lines.append(json.dumps(_entry(vector), sort_keys=True))
     head = json.dumps({"version": version, "group": group}, sort_keys=True)[:-1]
     (folder / f"{group}.json").write_text(head + ', "cases": [\n' + ",\n".join(lines) + "\n]}\n", encoding="ascii")
