@@ -12,7 +12,7 @@ from kda_reference.experts import RoutingRule, mixture, route, swiglu
 from kda_reference.kda_layer import kda_layer
 from kda_reference.latent_attention import LatentShape, latent_attention
 from kda_reference.normalisation import gated_rms_norm, rms_norm
-from kda_reference.related import decay_only, delta_net, gated_delta_net
+from kda_reference.related import decay_only, delta_net, diagonal_plus_low_rank, dplr_of_kda, gated_delta_net
 from kda_reference.short_convolution import short_convolution
 from model_tensors import expert_weights, kda_weights, latent_weights, normal
 from reference_cases import VARIANTS, cotangents, make_inputs
@@ -82,6 +82,25 @@ def test_no_gate_is_delta_net() -> None:
     assert found.final_state is not None
     assert close(found.o[0, :, 0], o)
     assert close(found.final_state[0, 0], state)
+
+
+def test_kda_is_dplr_with_its_own_keys() -> None:
+    inputs = make_inputs(T=9, beta=(0, 2))
+    q, k, v, g, beta = (x[0, :, 0] for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta))
+    assert inputs.initial_state is not None
+    written, a, b = dplr_of_kda(k, g, beta)
+    o, state = diagonal_plus_low_rank(q, written, v, g, a, b, inputs.effective_scale, inputs.initial_state[0, 0])
+    found = recurrent_kda(inputs)
+    assert found.final_state is not None
+    assert close(found.o[0, :, 0], o)
+    assert close(found.final_state[0, 0], state)
+
+
+def test_dplr_without_a_low_rank_part_is_decay() -> None:
+    q, v, g, state = normal(4, 3, seed=1), normal(4, 2, seed=2), -normal(4, 3, seed=3).abs(), normal(3, 2, seed=4)
+    none = torch.zeros_like(q)
+    _, after = diagonal_plus_low_rank(q, none, v, g, none, q, 1.0, state)
+    assert close(after, g.sum(0).exp()[:, None] * state)
 
 
 def test_decay_only_is_the_delta_rule_for_orthogonal_keys() -> None:
