@@ -129,6 +129,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bound_study(session: nox.Session) -> None:
+    """Compare certified bounds with true errors on many drawn calls: nox -s bound_study -- --cases 3000, or --full-size."""
+    measure(session)
+    session.run("python", "reference/tests/bound_study.py", *session.posargs)
+
+
+@nox.session(default=False)
 def property_deep(session: nox.Session) -> None:
     """Search long, with new seeds, for a generated call that breaks a law: nox -s property_deep -- --impl NAME."""
     measure(session)

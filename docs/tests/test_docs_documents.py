@@ -95,6 +95,7 @@ def test_options_of_kda_that_are_named_exist(path: Path) -> None:
         words = shlex.split(line)
         if words[0] == "kda":
             command = group.commands[words[1]]  # type: ignore[attr-defined]
+            command = getattr(command, "commands", {words[2]: command})[words[2]] if len(words) > 2 else command
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known
 

@@ -13,7 +13,7 @@ from kda_conformance.vectors.files import FORMATS, write_checksums, write_group
 from kda_conformance.vectors.flags import FLAGS
 from kda_conformance.vectors.parts import PARTS, vectors_of_part
 from kda_conformance.vectors.schema import group_schema, index_schema
-from kda_conformance.vectors.vector import ARITHMETICS, vectors_of
+from kda_conformance.vectors.vector import CLASS_NAMES, vectors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,8 +52,8 @@ def build(folder: Path, groups: Sequence[str] = ALL_GROUPS, tell: Callable[[str]
     finally:
         torch.set_num_threads(threads)
     _write(folder / "index.json", index(listed))
-    _write(folder / "index.schema.json", index_schema(sorted(FLAGS), ARITHMETICS))
-    _write(folder / "group.schema.json", group_schema(sorted(FLAGS), ARITHMETICS, FORMATS))
+    _write(folder / "index.schema.json", index_schema(sorted(FLAGS), CLASS_NAMES))
+    _write(folder / "group.schema.json", group_schema(sorted(FLAGS), CLASS_NAMES, FORMATS))
     write_checksums(folder)
 
 
@@ -62,7 +62,7 @@ def index(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "limits": {"element": Z_LIMIT, "slice": SLICE_LIMIT, "gain": GAIN_LIMIT},
-        "arithmetics": list(ARITHMETICS),
+        "arithmetic_classes": list(CLASS_NAMES),
         "flags": {name: flag._asdict() for name, flag in FLAGS.items()},
         "groups": groups,
     }

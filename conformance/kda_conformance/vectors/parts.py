@@ -17,7 +17,7 @@ from kda_conformance.arithmetic import CLASSES, U32, U64
 from kda_conformance.judge import Z_LIMIT
 from kda_conformance.regimes import Draw
 from kda_conformance.rounding import Rounder
-from kda_conformance.vectors.vector import ARITHMETICS, Vector, narrow
+from kda_conformance.vectors.vector import CLASS_NAMES, Vector, narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -213,7 +213,7 @@ def vectors_of_part(group: str) -> Iterator[Vector]:
             found = evaluate(exact, part.options)
             value = {name: torch.from_numpy(np.asarray(x).astype(np.float64)) for name, x in found.items()}
         bound = {name: U64 * x.abs() + UNDERFLOW for name, x in value.items()}
-        permitted = {name: _permitted(part, value, bound, member, CLASSES[name]) for name in ARITHMETICS}
+        permitted = {name: _permitted(part, value, bound, member, CLASSES[name]) for name in CLASS_NAMES}
         yield Vector(
             id=f"{group}-{number:03d}",
             comment=part.comment,

@@ -37,21 +37,21 @@ def listed(of: dict[str, Any], *, at_least: int = 0) -> dict[str, Any]:
     return {"type": "array", "items": of, "uniqueItems": True, "minItems": at_least}
 
 
-def index_schema(flags: Sequence[str], arithmetics: Sequence[str]) -> dict[str, Any]:
+def index_schema(flags: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
     """Return the schema of ``index.json``."""
     group = closed({"name": TEXT, "kind": TEXT, "cases": COUNT, "index": TEXT, "data": TEXT})
     limits = {name: {"type": "number", "exclusiveMinimum": 0} for name in ("element", "slice", "gain")}
     contents = {
         "version": VERSION,
         "limits": closed(limits),
-        "arithmetics": listed({"enum": list(arithmetics)}, at_least=1),
+        "arithmetic_classes": listed({"enum": list(classes)}, at_least=1),
         "flags": closed({name: closed({"bug": TEXT, "effect": TEXT}) for name in flags}),
         "groups": listed(group, at_least=1),
     }
     return {"$schema": DIALECT, "title": "Index of KDA test vectors"} | closed(contents)
 
 
-def group_schema(flags: Sequence[str], arithmetics: Sequence[str], formats: Sequence[str]) -> dict[str, Any]:
+def group_schema(flags: Sequence[str], classes: Sequence[str], formats: Sequence[str]) -> dict[str, Any]:
     """Return the schema of the description of a group."""
     gains = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}}
     case = {
@@ -63,8 +63,8 @@ def group_schema(flags: Sequence[str], arithmetics: Sequence[str], formats: Sequ
         "options": {"oneOf": [closed(OPERATOR), closed(LATENT_ATTENTION), closed(ROUTING), closed({})]},
         "inputs": listed(TEXT, at_least=1),
         "outputs": listed(TEXT, at_least=1),
-        "permitted": listed({"enum": list(arithmetics)}, at_least=1),
-        "gain": {"type": "object", "properties": dict.fromkeys(arithmetics, gains), "additionalProperties": False},
+        "permitted": listed({"enum": list(classes)}, at_least=1),
+        "gain": {"type": "object", "properties": dict.fromkeys(classes, gains), "additionalProperties": False},
         "recipe": {"type": "string"},
     }
     contents = {"version": VERSION, "group": TEXT, "cases": {"type": "array", "items": closed(case), "minItems": 1}}

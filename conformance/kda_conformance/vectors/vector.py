@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kda_conformance.cases import Case
 
-ARITHMETICS = ("bf16", "fp16", "tf32", "fp32", "fp64")
+CLASS_NAMES = ("bf16", "fp16", "tf32", "fp32", "fp64")
 OPERANDS = ("q", "k", "v")
 WITH_GRADIENTS = ("gradients", "grouped", "varlen")
 
@@ -112,7 +112,7 @@ def _vector(name: str, case: Case, inputs: KdaInputs, comment: str, *, backward:
     certified = certified_kda_vjp(inputs, do, dfinal_state) if backward else certified_kda(inputs)
     activated = inputs.use_gate_in_kernel or inputs.use_beta_sigmoid_in_kernel
     permitted, gain = {}, {}
-    for arithmetic in ARITHMETICS:
+    for arithmetic in CLASS_NAMES:
         # The fp64 budget is the fp32 one scaled, which gradients through saturated activations do not follow.
         if arithmetic == "fp64" and backward and activated:
             continue
