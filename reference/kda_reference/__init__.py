@@ -10,6 +10,7 @@ from kda_reference.adjoint import recurrent_kda_vjp
 from kda_reference.certificate import Certified, certified_kda, certified_kda_vjp
 from kda_reference.chunkwise import chunkwise_kda
 from kda_reference.contract import KdaGradients, KdaInputs, KdaResult, check_inputs, check_values
+from kda_reference.double_double_oracle import double_double_kda
 from kda_reference.errors import (
     CertificateError,
     DeviceError,
@@ -42,6 +43,7 @@ __all__ = [
     "check_inputs",
     "check_values",
     "chunkwise_kda",
+    "double_double_kda",
     "oracle_gradient",
     "oracle_jvp",
     "oracle_kda",
