@@ -77,6 +77,8 @@ STANDARD = tuple(
         "B=2 T=30 H=2 G=2 K=16 V=16 gate=layer v_first=1 scale=0.3 seed=69",
         "T=70 K=16 V=16 gate=uniform safe=1 seed=74",
         "T=530 K=8 V=8 gate=mixed seed=75",
+        "T=20 K=1 V=5 seed=78",
+        "T=33 K=2 V=1 gate=layer gate_form=softplus l2norm=1 seed=79",
         "T=150,7,140 H=1 G=2 K=16 V=16 gate=uniform gate_form=bounded l2norm=1 sigmoid=1 seed=76",
         "B=2 T=130 H=2 G=2 K=16 V=16 gate=mixed seed=77",
         "T=70 K=16 V=16 gate=layer values=huge state=0 seed=44",

@@ -30,22 +30,40 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """Chunkwise members of one make: how long their chunks are, how many members, and whether every product takes rounded operands."""
+    """Chunkwise members of one make.
+
+    Attributes
+    ----------
+    chunk, size
+        Tokens of a chunk, and how many members there are.
+    throughout
+        Whether every product takes rounded operands, as long as they are of the class's format.
+    exact_inverse
+        Whether the inverse is made without rounding and rounded where it is used. Made from rounded blocks it undoes in later rows what
+        earlier ones got wrong, so that the same rounding shows only in the other kind.
+    """
 
     chunk: int
     size: int
     throughout: bool = False
+    exact_inverse: bool = False
+
+    def choose(self, arithmetic: Arithmetic) -> Arithmetic:
+        """Return what the members of the group compute in."""
+        if self.exact_inverse:
+            return replace(arithmetic, merge_operand=None)
+        return arithmetic.throughout() if self.throughout else arithmetic
 
 
 # Where a chunk begins and ends is the implementation's choice, and decides which errors cancel: 48 and 80 share few ends with the others.
-# Which products take rounded operands is its choice too, as long as they are of the class's format.
+# Which products take rounded operands is its choice too.
 GROUPS = (
     Group(16, 3),
-    Group(32, 2),
+    Group(32, 2, exact_inverse=True),
     Group(48, 2),
     Group(48, 2, throughout=True),
-    Group(64, 3),
-    Group(80, 2),
+    Group(64, 3, exact_inverse=True),
+    Group(80, 2, exact_inverse=True),
     Group(80, 2, throughout=True),
     Group(128, 2),
 )
@@ -111,7 +129,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     chunkwise = [
         members.chunkwise(
             Rounder(FIRST_SEED + 16 * number, group.size, device),
-            arithmetic.throughout() if group.throughout else arithmetic,
+            group.choose(arithmetic),
             group.chunk,
         )
         for number, group in enumerate(GROUPS)
@@ -119,7 +137,8 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     recurrences = members.recurrences()
     extra = cumulative_sum_variance(members) if members.backward else {}
     # Truncation errs one way, and how far depends on what is truncated alike: every choice counts in full.
-    choices = (arithmetic, replace(arithmetic, diagonal_operand=None)) if arithmetic.truncates else ()
+    gentle = replace(arithmetic, diagonal_operand=None, merge_operand=None)
+    choices = (arithmetic, gentle) if arithmetic.truncates else ()
     truncated = [
         members.chunkwise(Rounder(0, 1, device, "truncate"), choice, chunk)
         for chunk in TRUNCATED_CHUNKS

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BOUNDARY_LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 66, 80, 96, 127, 128, 129)
 WIDTHS = (1, 2, 7, 8, 16, 17, 24, 32, 33, 48)
+# One or two channels make every key nearly every other one, and errors cancel as no few members show; the battery has such calls.
+FEWEST_CHANNELS = 7
 
 
 def lengths(longest: int = 140) -> st.SearchStrategy[int]:
@@ -30,7 +32,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
     heads = draw(st.integers(1, 2))
     group = draw(st.sampled_from((1, 2))) if claims.grouped_values else 1
     widths = st.sampled_from(sorted(claims.head_widths)) if claims.head_widths else st.sampled_from(WIDTHS)
-    k_width = draw(widths.filter(lambda k: claims.max_k_width is None or k <= claims.max_k_width))
+    k_width = draw(widths.filter(lambda k: FEWEST_CHANNELS <= k <= (claims.max_k_width or k)))
     forms = ["log_decay"]
     if claims.gate_in_kernel:
         forms += ["softplus", "bounded"] if claims.bounded_gate else ["softplus"]
