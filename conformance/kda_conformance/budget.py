@@ -73,6 +73,9 @@ NUM_CHUNKWISE = sum(group.size for group in GROUPS)
 SMOOTHING_WIDTH = 17
 # How much finer than the deviation of correct computations the reference has to be.
 FINER = 4.0
+# What share of the largest number that goes into a state the reference may be off by in any case: a float32 rounding of that number is
+# a million times as large. A state that decayed to nothing has no deviation to compare with, and its bound decays by the slowest channel.
+NEGLIGIBLE = 2.0**-44
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 INPUT_DTYPE_TENSORS = ("o", "dq", "dk", "dv")
 
@@ -118,7 +121,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     ------
     CertificateError
         If the reference's own error may be more than a quarter of the deviation that correct computations show, the float32 one for
-        fp64: then nothing can be judged with it.
+        fp64, and not negligible beside what goes into a state: then nothing can be judged with it.
     """
     inputs = inputs.replace(output_final_state=True)
     members = Members(inputs, do, dfinal_state)
@@ -170,7 +173,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         spread = spread + (kappa * certified.dot_norm.get(name, zero)) ** 2
         dtype = inputs.q.dtype if name in INPUT_DTYPE_TENSORS or arithmetic.name == "fp64" else torch.float32
         if spread.numel():
-            certified.demand(name, float(spread.max()) ** 0.5 / FINER + SMALLEST[torch.float32])
+            certified.demand(name, float(spread.max()) ** 0.5 / FINER + _negligible(name, inputs, do, dfinal_state))
         spread = unit**2 * spread
         # What underflows at every token adds up along the sequence; a float16 output underflows once.
         smallest = SMALLEST[dtype] * (1 if dtype == torch.float16 else max(1, inputs.q.shape[1]))
@@ -182,6 +185,13 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         gain = _gain_rms(entry, certified.bound[name], torch.cat([errors, noisy]), to_nearest, [shifted, *cut], unit)
         budget[name] = replace(entry, gain_rms=gain)
     return budget
+
+
+def _negligible(name: str, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> float:
+    """Return the error of the reference that hides nothing, even where the tensor has decayed to nothing."""
+    sources = {"final_state": (inputs.v, inputs.initial_state), "dinitial_state": (do, dfinal_state)}.get(name, ())
+    largest = max((float(x.abs().max()) for x in sources if x is not None and x.numel()), default=0.0)
+    return SMALLEST[torch.float32] + NEGLIGIBLE * largest
 
 
 def _pool(name: str, x: Tensor) -> Tensor:

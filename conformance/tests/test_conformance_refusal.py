@@ -22,3 +22,15 @@ def test_a_truth_whose_bound_explodes_is_refused(arithmetic: str) -> None:
         CertificateError, match=r"of the reference must be certified within .* got the bound .* at index"
     ):
         compute_budget(stretched, None, None, CLASSES[arithmetic])
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-40])
+def test_a_state_that_decays_to_nothing_is_judged(factor: float) -> None:
+    case = Case.parse("T=300 K=60 V=20 gate=uniform gate_form=log_decay cotangent=state seed=93")
+    inputs = case.inputs(torch.float32)
+    _, dfinal_state = case.cotangents(inputs)
+    assert dfinal_state is not None
+    budget = compute_budget(inputs, None, dfinal_state * factor, CLASSES["fp32"])["dinitial_state"]
+    assert budget.value.abs().max() < 1e-100
+    # Far below one float32 rounding of the cotangent.
+    assert budget.variance.max().sqrt() < 1e-6 * 2.0**-24 * factor * dfinal_state.abs().max()
