@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG_LOG2_E = tl.constexpr(0.36651292058166435)
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-128.0)
 LARGEST_EXPONENT = tl.constexpr(88.0)
@@ -72,18 +74,25 @@ def gate_slope(A_log, i_g, HAS_A_LOG: tl.constexpr):
 
 
 @triton.jit
-def log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Return the log decay of gate logits that already hold the bias; a log decay itself when there is no gate."""
+def log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Return the base-two log decay of gate logits that already hold the bias, or of a natural log decay when there is no gate."""
     if USE_GATE:
         if BOUNDED:
-            b_g = lower_bound * sigmoid(b_slope * b_x)
+            b_g = (lower_bound * LOG2_E) * sigmoid(b_slope * b_x)
         else:
             # exp(A) goes into the exponential, so that a large A still meets a small one.
-            b_tail = log1p_ratio(exp(-tl.abs(b_x))) * exp(b_A - tl.abs(b_x))
-            b_g = -(b_slope * tl.maximum(b_x, 0.0) + b_tail)
+            b_u = tl.abs(b_x) * LOG2_E
+            b_tail = log1p_ratio(tl.exp2(-b_u)) * tl.exp2((b_A + LOG_LOG2_E) * LOG2_E - b_u)
+            b_g = -((b_slope * LOG2_E) * tl.maximum(b_x, 0.0) + b_tail)
     else:
-        b_g = b_x
-    return tl.maximum(b_g, LOWEST_LOG_DECAY)
+        b_g = b_x * LOG2_E
+    return tl.maximum(b_g, LOWEST_LOG_DECAY * LOG2_E)
+
+
+@triton.jit
+def log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Return the natural log decay."""
+    return log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED) * LN_2
 
 
 @triton.jit

@@ -92,18 +92,18 @@ def tokens_between(i_l, BT: tl.constexpr):
 
 
 @triton.jit
-def sum_decays(m_ts, b_gh, b_gl, b_like, EXACT: tl.constexpr):
-    """Return ``[B, R, C]``: for each row of the mask ``[R, R]``, the sum of the log decays it selects, given whole or split.
+def sum_decays(m_ts, b_gh, b_gl, b_like, EXACT: tl.constexpr, START: tl.constexpr = 0.0):
+    """Return ``[B, R, C]``: for each row of the mask ``[R, R]``, ``START`` and the log decays it selects, which are given whole or split.
 
     A product with zeros and ones: no difference of two large sums is ever formed. ``b_like`` ``[B, R, R]`` is any result of a
     product: the mask takes over its layout in registers, which saves it a way through shared memory; its values do not matter.
     """
     b_m = tl.where(m_ts[None, :, :], 1.0, tl.minimum(tl.abs(b_like), 0.0))
     if EXACT:
-        b_x = tl.dot(b_m, b_gh, input_precision="ieee")
+        b_x = tl.dot(b_m, b_gh, input_precision="ieee") + START
     else:
         b_m = b_m.to(tl.bfloat16)
-        b_x = tl.dot(b_m, b_gh, tl.dot(b_m, b_gl))
+        b_x = tl.dot(b_m, b_gh, tl.dot(b_m, b_gl, tl.zeros_like(b_gl).to(tl.float32) + START))
     return b_x
 
 

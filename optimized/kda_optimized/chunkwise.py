@@ -254,8 +254,8 @@ def prepare(call: Call, *, backward: bool) -> Prepared:
     arguments = {
         **call.tensors("q", "k", "g", "beta"), **call.gate(), **done._asdict(), **call.strength(), **call.pick("H", "G", "K"),
         "cu_seqlens": call.schedule.cu_seqlens, "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale,
-        "T": call.inputs.q.shape[1], "BT": c, "BK": bk, "LEVELS": c.bit_length() - 1, "EXACT": call.exact, "BACKWARD": backward,
-        "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
+        "T": call.inputs.q.shape[1], "BT": c, "BK": bk, "BC": min(bk, call.config(kda_chunk_fwd_prepare_kernel).block_k or bk),
+        "LEVELS": c.bit_length() - 1, "EXACT": call.exact, "BACKWARD": backward, "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     call.start(kda_chunk_fwd_prepare_kernel, call.schedule.num_chunks * call.sizes["G"], arguments)
     return done

@@ -14,8 +14,8 @@ What the walk along the chunks needs of them, folded so that its chain of depend
     k_read = k_dec               what the state predicts
     k_write = M^T k_rest         the state after it, from what was not predicted
 
-A chunk is one strip of 16 tokens, two for the backward, and channels lie in slabs of 32, one to a warp: ``[W, 16, BC]``. What is summed
-over channels is summed in each slab first, so that a warp works on its own registers until the scores are complete.
+A chunk is one strip of 16 tokens, two for the backward, and channels lie in slabs, one to a warp: ``[W, 16, BC]``. What is summed over
+channels is summed in each slab first, so that a warp works on its own registers until the scores are complete.
 
 The decay of the first token is applied to the state, in float32. What is left of a channel's decay is one for that token,
 whatever its magnitude, so a channel that has almost forgotten the state keeps its own relative accuracy in 16 bits.
@@ -24,7 +24,7 @@ whatever its magnitude, so a channel that has almost forgotten the state keeps i
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import L2NORM_EPSILON, LOG2_E, gate_slope, log_decay, strength
+from kda_optimized.activations import L2NORM_EPSILON, gate_slope, log2_decay, strength
 from kda_optimized.chunks import (
     BETA,
     K_NORM,
@@ -39,10 +39,13 @@ from kda_optimized.chunks import (
     sum_decays,
     tokens_between,
 )
-from kda_optimized.products import half_scale, pair_product, product_split, split, store_planes
+from kda_optimized.products import half_scale, pair_product, pair_product_tf32, product_split, split, store_planes
 
 STRIP = tl.constexpr(16)
 STRIP_LEVELS = tl.constexpr(4)
+# Binary orders of magnitude: rows that carry a decay are raised by the first, and may lose the second before their pairs go by levels.
+SHIFT = tl.constexpr(32.0)
+MOST_DECAY = tl.constexpr(112.0)
 
 
 @triton.jit
@@ -70,14 +73,58 @@ def load_strip(p_x, i_b, i_h, t_0, o_t, o_k, m_x, stride_b, stride_t, stride_h, 
 
 
 @triton.jit
-def unit_strip(b_x):
-    """Return rows divided by their norms over all slabs, and the inverse norms."""
+def unit_strip(b_x, scale):
+    """Return rows divided by their norms over all slabs, times ``scale``, and the inverse norms."""
     b_n = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_x * b_x, axis=2), axis=0) + L2NORM_EPSILON)
-    return b_x * b_n[None, :, None], b_n
+    return b_x * (b_n * scale)[None, :, None], b_n
 
 
 @triton.jit
-def strip_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
+def log2_decays(
+    g, A_log, dt_bias, i_b, i_g, t_0, o_t, o_k, n_t, stride_gb, stride_gt, stride_gh, stride_gk, lower_bound, K: tl.constexpr,
+    USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Return the base-two log decays of one strip, zero off the sequence and the channels."""
+    m_k = o_k < K
+    m_x = (o_t < n_t)[None, :, None] & m_k[:, None, :]
+    b_x = load_strip(g, i_b, i_g, t_0, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
+    if HAS_DT_BIAS:
+        b_x += tl.load(dt_bias + i_g * K + o_k, mask=m_k, other=0.0).to(tl.float32)[:, None, :]
+    b_A, b_slope = gate_slope(A_log, i_g, HAS_A_LOG)
+    return tl.where(m_x, log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED), 0.0)
+
+
+@triton.jit
+def query_and_key(
+    q, k, i_b, i_h, t_0, o_t, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
+    scale, K: tl.constexpr, USE_L2NORM: tl.constexpr,
+):  # fmt: skip
+    """Return scaled queries and keys of one strip, normalised or not, and their inverse norms, one where they are not."""
+    m_x = (o_t < n_t)[None, :, None] & (o_k < K)[:, None, :]
+    b_q = load_strip(q, i_b, i_h, t_0, o_t, o_k, m_x, stride_qb, stride_qt, stride_qh, stride_qk)
+    b_k = load_strip(k, i_b, i_h, t_0, o_t, o_k, m_x, stride_kb, stride_kt, stride_kh, stride_kk)
+    b_qn = tl.zeros_like(o_t).to(tl.float32) + 1.0
+    b_kn = b_qn
+    if USE_L2NORM:
+        b_q, b_qn = unit_strip(b_q, scale)
+        b_k, b_kn = unit_strip(b_k, 1.0)
+    else:
+        b_q = b_q * scale
+    return b_q, b_k, b_qn, b_kn
+
+
+@triton.jit
+def split_unless(b_x, EXACT: tl.constexpr):
+    """Return operands of :func:`~kda_optimized.chunks.sum_decays`."""
+    b_h = b_x
+    b_l = b_x
+    if not EXACT:
+        b_h, b_l = split(b_x)
+    return b_h, b_l
+
+
+@triton.jit
+def level_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
     """Return ``P`` and ``L`` of one strip, ``[W, 16, 16]`` to be summed over slabs, each pair of tokens from the product of its level."""
     o_t = tl.arange(0, STRIP)
     b_L = tl.zeros((W, STRIP, STRIP), dtype=tl.float32)
@@ -89,6 +136,21 @@ def strip_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
         b_P = tl.where(m_l, pair_product(b_q * b_E, b_kE, EXACT), b_P)
         b_L = tl.where(m_l, pair_product(b_kE, b_kE, EXACT), b_L)
     return b_P, b_L
+
+
+@triton.jit
+def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv):
+    """Replace rows of scores by what one product each gives, where that holds.
+
+    The rows of ``q_dec`` and ``k_dec`` carry ``exp2(G)`` and those of ``inv`` ``exp2(-G)``, which float32 holds as long as a channel loses
+    no more than ``MOST_DECAY``. Whether it does for a row depends on the tokens up to it alone.
+    """
+    o_t = tl.arange(0, STRIP)
+    m_t = (tl.min(b_G, axis=2) >= SHIFT - MOST_DECAY)[:, :, None]
+    b_P = tl.where(m_t, pair_product_tf32(b_q_dec, b_inv), b_P)
+    b_L = tl.where(m_t, pair_product_tf32(b_k_dec, b_inv), b_L)
+    b_P = tl.where((o_t[:, None] >= o_t[None, :])[None, :, :], b_P, 0.0)
+    return b_P, tl.where((o_t[:, None] > o_t[None, :])[None, :, :], b_L, 0.0)
 
 
 @triton.jit
@@ -105,8 +167,8 @@ def block_product(b_a, b_x, W: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def store_rows(p_x, p_s, b_x, o_x, EXACT: tl.constexpr):
-    """Write ``[W, 16, BC]`` as operands: float32 as they are, or float16 with the scales of tokens beside them."""
+def store_rows(p_x, p_s, b_x, o_x, EXACT: tl.constexpr, RAISED: tl.constexpr = 0.0):
+    """Write ``[W, 16, BC]`` as operands: float32 as they are, or raised in float16 with the scales of tokens beside them."""
     b_m = tl.max(tl.max(tl.abs(b_x), axis=2), axis=0)
     if EXACT:
         tl.store(p_x + o_x, b_x)
@@ -114,7 +176,7 @@ def store_rows(p_x, p_s, b_x, o_x, EXACT: tl.constexpr):
     else:
         b_s, b_r = half_scale(b_m)
         tl.store(p_x + o_x, (b_x * b_r[None, :, None]).to(tl.float16))
-        tl.store(p_s, b_s)
+        tl.store(p_s, b_s * tl.exp2(-RAISED))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -122,16 +184,18 @@ def kda_chunk_fwd_prepare_kernel(
     q, k, g, beta, A_log, dt_bias, q_rows, k_rows, rest_rows, tokens, scores, solve, pull, decay, cu_seqlens, chunk_table,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_bb, stride_bt, stride_bh, scale, lower_bound, T,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    LEVELS: tl.constexpr,
     EXACT: tl.constexpr, BACKWARD: tl.constexpr, USE_L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr,
     HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr, USE_SIGMOID: tl.constexpr, CEILING: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head: folded for the forward walk, or in parts for the backward."""
     PLANE: tl.constexpr = BT * BT
     PLANES: tl.constexpr = 1 if EXACT else 2
-    BC: tl.constexpr = min(BK, 32)
     W: tl.constexpr = BK // BC
     TWO: tl.constexpr = BT > STRIP
+    LEVELLED: tl.constexpr = EXACT or TWO
+    RAISED: tl.constexpr = 0.0 if LEVELLED else SHIFT
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
     i_h = i_g // (G // H)
@@ -140,9 +204,6 @@ def kda_chunk_fwd_prepare_kernel(
     o_t = tl.arange(0, BT)
     o_s = tl.arange(0, STRIP)
     o_k = tl.arange(0, W)[:, None] * BC + tl.arange(0, BC)[None, :]  # [W, BC]
-    m_k = o_k < K
-    m_0 = (o_s < n_t)[None, :, None] & m_k[:, None, :]
-    m_1 = (o_s + STRIP < n_t)[None, :, None] & m_k[:, None, :]
     o_0 = o_s[None, :, None] * BK + o_k[:, None, :]  # [W, 16, BC]
     o_1 = o_0 + STRIP * BK
     o_tt = o_t[:, None] * BT + o_t[None, :]
@@ -150,54 +211,52 @@ def kda_chunk_fwd_prepare_kernel(
     p_tk = i_cg * (BT * BK)
     p_tt = i_cg * (PLANES * PLANE)
 
-    b_g0 = load_strip(g, i_b, i_g, t_0, o_s, o_k, m_0, stride_gb, stride_gt, stride_gh, stride_gk)
-    b_q0 = load_strip(q, i_b, i_h, t_0, o_s, o_k, m_0, stride_qb, stride_qt, stride_qh, stride_qk)
-    b_k0 = load_strip(k, i_b, i_h, t_0, o_s, o_k, m_0, stride_kb, stride_kt, stride_kh, stride_kk)
-    b_bias = tl.zeros((W, BC), dtype=tl.float32)
-    if HAS_DT_BIAS:
-        b_bias += tl.load(dt_bias + i_g * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_A, b_slope = gate_slope(A_log, i_g, HAS_A_LOG)
-    b_g0 = log_decay(b_g0 + b_bias[:, None, :], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
-    b_g0 = tl.where(m_0, b_g0 * LOG2_E, 0.0)
-    if USE_L2NORM:
-        b_q0, b_qn0 = unit_strip(b_q0)
-        b_k0, b_kn0 = unit_strip(b_k0)
-        if BACKWARD:
-            tl.store(p_token + Q_NORM * BT + o_s, b_qn0)
-            tl.store(p_token + K_NORM * BT + o_s, b_kn0)
-    b_q0 = b_q0 * scale
-    b_gh0 = b_g0
-    b_gl0 = b_g0
-    if not EXACT:
-        b_gh0, b_gl0 = split(b_g0)
-    b_P, b_L = strip_scores(b_q0, b_k0, b_gh0, b_gl0, W, EXACT)
-    # Decays up to each token without the first one, and of those behind it; the latter of the whole chunk below.
-    b_dec0 = tl.exp2(sum_decays((o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0), b_gh0, b_gl0, b_L, EXACT))
-    b_rest0 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh0, b_gl0, b_L, EXACT))
+    b_g0 = log2_decays(
+        g, A_log, dt_bias, i_b, i_g, t_0, o_s, o_k, n_t, stride_gb, stride_gt, stride_gh, stride_gk, lower_bound, K,
+        USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS,
+    )  # fmt: skip
+    b_gh0, b_gl0 = split_unless(b_g0, EXACT)
     b_total = tl.sum(tl.where((o_s > 0)[None, :, None], b_g0, 0.0), axis=1)  # [W, BC]
+    b_like = tl.zeros((W, STRIP, STRIP), dtype=tl.float32)
+    b_P = b_like
+    b_L = b_like
+    # One less, for sums in another order. What the other way needs is loaded again below, so as not to hold it in registers here.
+    if LEVELLED or tl.min(b_total) < 1.0 - MOST_DECAY:
+        b_q0, b_k0, b_qn0, b_kn0 = query_and_key(
+            q, k, i_b, i_h, t_0, o_s, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk,
+            stride_kb, stride_kt, stride_kh, stride_kk, scale, K, USE_L2NORM,
+        )  # fmt: skip
+        b_P, b_L = level_scores(b_q0, b_k0, b_gh0, b_gl0, W, EXACT)
+    if not LEVELLED:
+        b_q0, b_k0, b_qn0, b_kn0 = query_and_key(
+            q, k, i_b, i_h, t_0, o_s, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk,
+            stride_kb, stride_kt, stride_kh, stride_kk, scale, K, USE_L2NORM,
+        )  # fmt: skip
+    # Decays up to each token without the first one, and of those behind it; the latter of the whole chunk below.
+    m_up_to = (o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0)
+    b_G = sum_decays(m_up_to, b_gh0, b_gl0, b_like, EXACT, RAISED)
+    b_rest0 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh0, b_gl0, b_like, EXACT))
+    b_dec0 = tl.exp2(b_G)
+    b_qd0 = b_q0 * b_dec0
+    b_kd0 = b_k0 * b_dec0
+    b_kr0 = b_k0 * b_rest0
+    if not LEVELLED:
+        b_P, b_L = raised_scores(b_P, b_L, b_G, b_qd0, b_kd0, b_k0 * tl.exp2(-b_G))
     if TWO:
-        b_g1 = load_strip(g, i_b, i_g, t_0, o_s + STRIP, o_k, m_1, stride_gb, stride_gt, stride_gh, stride_gk)
-        b_q1 = load_strip(q, i_b, i_h, t_0, o_s + STRIP, o_k, m_1, stride_qb, stride_qt, stride_qh, stride_qk)
-        b_k1 = load_strip(k, i_b, i_h, t_0, o_s + STRIP, o_k, m_1, stride_kb, stride_kt, stride_kh, stride_kk)
-        b_g1 = log_decay(b_g1 + b_bias[:, None, :], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
-        b_g1 = tl.where(m_1, b_g1 * LOG2_E, 0.0)
-        if USE_L2NORM:
-            b_q1, b_qn1 = unit_strip(b_q1)
-            b_k1, b_kn1 = unit_strip(b_k1)
-            if BACKWARD:
-                tl.store(p_token + Q_NORM * BT + STRIP + o_s, b_qn1)
-                tl.store(p_token + K_NORM * BT + STRIP + o_s, b_kn1)
-        b_q1 = b_q1 * scale
-        b_gh1 = b_g1
-        b_gl1 = b_g1
-        if not EXACT:
-            b_gh1, b_gl1 = split(b_g1)
-        b_P1, b_L1 = strip_scores(b_q1, b_k1, b_gh1, b_gl1, W, EXACT)
+        b_g1 = log2_decays(
+            g, A_log, dt_bias, i_b, i_g, t_0, o_s + STRIP, o_k, n_t, stride_gb, stride_gt, stride_gh, stride_gk, lower_bound, K,
+            USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS,
+        )  # fmt: skip
+        b_q1, b_k1, b_qn1, b_kn1 = query_and_key(
+            q, k, i_b, i_h, t_0, o_s + STRIP, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk,
+            stride_kb, stride_kt, stride_kh, stride_kk, scale, K, USE_L2NORM,
+        )  # fmt: skip
+        b_gh1, b_gl1 = split_unless(b_g1, EXACT)
+        b_P1, b_L1 = level_scores(b_q1, b_k1, b_gh1, b_gl1, W, EXACT)
         b_dec1 = tl.exp2(sum_decays(o_s[:, None] >= o_s[None, :], b_gh1, b_gl1, b_L1, EXACT))
         b_rest1 = tl.exp2(sum_decays(o_s[:, None] < o_s[None, :], b_gh1, b_gl1, b_L1, EXACT))
         b_q1 = b_q1 * b_dec1
         b_kd1 = b_k1 * b_dec1
-        b_kr0 = b_k0 * b_rest0
         b_P = from_blocks(tl.sum(b_P, axis=0), tl.sum(pair_product(b_q1, b_kr0, EXACT), axis=0), tl.sum(b_P1, axis=0))
         b_L = from_blocks(tl.sum(b_L, axis=0), tl.sum(pair_product(b_kd1, b_kr0, EXACT), axis=0), tl.sum(b_L1, axis=0))
         b_before = tl.exp2(b_total)[:, None, :]
@@ -210,18 +269,21 @@ def kda_chunk_fwd_prepare_kernel(
     else:
         b_P = tl.sum(b_P, axis=0)
         b_L = tl.sum(b_L, axis=0)
-        b_kr0 = b_k0 * b_rest0
-    b_q0 = b_q0 * b_dec0
-    b_kd0 = b_k0 * b_dec0
+    if BACKWARD and USE_L2NORM:
+        tl.store(p_token + Q_NORM * BT + o_s, b_qn0)
+        tl.store(p_token + K_NORM * BT + o_s, b_kn0)
+        if TWO:
+            tl.store(p_token + Q_NORM * BT + STRIP + o_s, b_qn1)
+            tl.store(p_token + K_NORM * BT + STRIP + o_s, b_kn1)
     # The state may do nothing but decay for long, so its decays are sums in float32.
     p_decay = decay + i_cg * (2 * BK) + o_k
     tl.store(p_decay, tl.exp2(tl.sum(tl.where((o_s == 0)[None, :, None], b_g0, 0.0), axis=1)))
     tl.store(p_decay + BK, tl.exp2(b_total))
-    store_rows(k_rows + p_tk, p_token + K_SCALE * BT + o_s, b_kd0, o_0, EXACT)
+    store_rows(k_rows + p_tk, p_token + K_SCALE * BT + o_s, b_kd0, o_0, EXACT, RAISED)
     if TWO:
         store_rows(k_rows + p_tk, p_token + K_SCALE * BT + STRIP + o_s, b_kd1, o_1, EXACT)
     if BACKWARD:
-        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
+        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_qd0, o_0, EXACT, RAISED)
         store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + o_s, b_kr0, o_0, EXACT)
         if TWO:
             store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
@@ -240,7 +302,7 @@ def kda_chunk_fwd_prepare_kernel(
         tl.static_assert(not TWO, "the forward folds one strip a chunk")
         b_mix = product_split(b_P * b_b[None, :], b_Z, EXACT)
         store_planes(scores + p_tt, b_mix, o_tt, PLANE, EXACT)
-        b_q0 -= block_product(b_mix, b_kd0, W, EXACT)
-        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_q0, o_0, EXACT)
+        b_qd0 -= block_product(b_mix, b_kd0, W, EXACT)
+        store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_qd0, o_0, EXACT, RAISED)
         b_M = tl.trans(b_Z * b_b[:, None])
         store_planes(rest_rows + PLANES * p_tk, block_product(b_M, b_kr0, W, EXACT), o_0, BT * BK, EXACT)

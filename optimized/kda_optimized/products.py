@@ -24,6 +24,7 @@ BITS_OF_LEAST = tl.constexpr(0x07800000)
 BITS_OF_HEADROOM = tl.constexpr(0x07000000)
 UPPER_BITS = tl.constexpr(-65536)
 HALF_OF_LOWER_BITS = tl.constexpr(0x8000)
+HALF_OF_IGNORED_BITS = tl.constexpr(0x1000)
 BITS_OF_ONE_TWICE = tl.constexpr(0x7F000000)
 
 
@@ -75,6 +76,18 @@ def pair_product(b_a, b_b, EXACT: tl.constexpr):
     Where both are results of products, or elementwise functions of one, nothing leaves the registers of a warp.
     """
     return product_split(b_a, tl.permute(b_b, (0, 2, 1)), EXACT)
+
+
+@triton.jit
+def round_tf32(b_x):
+    """Return what tensor cores read as the nearest tf32 value: they ignore the lower 13 bits."""
+    return (b_x.to(tl.int32, bitcast=True) + HALF_OF_IGNORED_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pair_product_tf32(b_a, b_b):
+    """Return ``a b^T`` of each of several pairs of float32 tiles ``[B, M, C]`` and ``[B, N, C]``, in tf32."""
+    return tl.dot(round_tf32(b_a), tl.permute(round_tf32(b_b), (0, 2, 1)), input_precision="tf32")
 
 
 @triton.jit

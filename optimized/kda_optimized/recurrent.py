@@ -7,7 +7,7 @@ S <- Diag(exp g) S         e = v - S^T k         S <- S + k (beta e)^T         o
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import L2NORM_EPSILON, gate_slope, log_decay, strength
+from kda_optimized.activations import L2NORM_EPSILON, gate_slope, log2_decay, strength
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -60,7 +60,7 @@ def kda_recurrent_fwd_kernel(
         if USE_L2NORM:
             b_q = b_q / tl.sqrt_rn(tl.sum(b_q * b_q, axis=0) + L2NORM_EPSILON)
             b_k = b_k / tl.sqrt_rn(tl.sum(b_k * b_k, axis=0) + L2NORM_EPSILON)
-        b_S = b_S * tl.exp(log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED))[:, None]
+        b_S = b_S * tl.exp2(log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED))[:, None]
         b_w = b_b * (b_v - tl.sum(b_S * b_k[:, None], axis=0))
         b_S += b_k[:, None] * b_w[None, :]
         tl.store(p_o, tl.sum(b_S * (b_q * scale)[:, None], axis=0), mask=m_v)
