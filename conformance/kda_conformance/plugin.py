@@ -57,6 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kda-seed", dest="kda_seed", type=int, default=0, metavar="N", help="judge the N-th draw of every call"
     )
+    group.addoption(
+        "--kda-backwards",
+        dest="kda_backwards",
+        action="store_true",
+        help="judge the last call first: two runs side by side that start at different ends share the budgets they compute",
+    )
     group.addoption("--law", dest="kda_law", help="run only this law")
     group.addoption("--case", dest="kda_case", help="run laws on this case instead of the battery")
     group.addoption("--dtype", dest="kda_dtype", choices=sorted(DTYPES), help="run only this input dtype")
@@ -151,6 +157,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the chosen law, and turn declared deviations into strict expected failures."""
     if SUBJECT not in config.stash:
         return
+    if config.getoption("kda_backwards"):
+        items.reverse()
     # What a law says of the first call of a process must be asked first.
     items.sort(key=lambda item: not _is_first(item))
     if law := config.getoption("kda_law"):

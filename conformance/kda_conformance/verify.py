@@ -45,6 +45,8 @@ class Trial:
         What ``--impl`` is given.
     rows
         The file its process appends rows to.
+    order
+        Options that say where it begins: every second one at the end, so that two that run side by side compute each budget once.
     counts, worst
         Verdicts so far, and the largest score.
     exit
@@ -54,6 +56,7 @@ class Trial:
     spec: str
     rows: Path
     log: Path
+    order: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     worst: float = 0.0
@@ -104,7 +107,10 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
     rows = out / "rows.jsonl"
     rows.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        trials = [Trial(spec, Path(folder) / f"{i}.jsonl", out / f"log-{i}.txt") for i, spec in enumerate(specs)]
+        trials = [
+            Trial(spec, Path(folder) / f"{i}.jsonl", out / f"log-{i}.txt", ("--kda-backwards",) * (i % 2))
+            for i, spec in enumerate(specs)
+        ]
         _run(trials, options, console)
         for trial in trials:
             if not trial.rows.is_file():
@@ -147,7 +153,7 @@ def suite_command(spec: str, *options: str) -> list[str]:
 
 
 def _start(trial: Trial, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = suite_command(trial.spec, "--kda-rows", str(trial.rows), *options)
+    command = suite_command(trial.spec, "--kda-rows", str(trial.rows), *trial.order, *options)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     log: TextIO
     with trial.log.open("w") as log:

@@ -76,3 +76,20 @@ def test_rows_are_written_once_whatever_the_number_of_processes(tmp_path: Path) 
     subprocess.run([*suite, *options], capture_output=True, check=False)
     kinds = [json.loads(line)["kind"] for line in rows.read_text().splitlines()]
     assert kinds == ["run", "verdict", "finish"]
+
+
+def test_backwards_judges_the_same_calls_from_the_last_to_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "candidate.py"
+    path.write_text(BROKEN)
+    suite = [sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "-p", "no:cacheprovider"]
+    options = ["--impl", f"{path}:crashes", "--law", "prefix-causality", "--effort", "quick", "--collect-only"]
+    one, two = (
+        [
+            line
+            for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+            if "::" in line
+        ]
+        for command in ([*suite, *options], [*suite, *options, "--kda-backwards"])
+    )
+    assert len(one) > 1
+    assert two == one[::-1]
