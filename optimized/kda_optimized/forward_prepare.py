@@ -43,9 +43,12 @@ from kda_optimized.products import half_scale, pair_product, pair_product_tf32, 
 
 STRIP = tl.constexpr(16)
 STRIP_LEVELS = tl.constexpr(4)
-# Binary orders of magnitude: rows that carry a decay are raised by the first, and may lose the second before their pairs go by levels.
+# Binary orders of magnitude. Rows that carry a decay are raised by the first, so that they may lose the second before their pairs go by
+# levels: the more, the less may be known of their length.
 SHIFT = tl.constexpr(32.0)
 MOST_DECAY = tl.constexpr(112.0)
+UNIT_SHIFT = tl.constexpr(96.0)
+MOST_UNIT_DECAY = tl.constexpr(206.0)
 
 
 @triton.jit
@@ -65,52 +68,47 @@ def inverse(b_A, BT: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def load_strip(p_x, i_b, i_h, t_0, o_t, o_k, m_x, stride_b, stride_t, stride_h, stride_c):
-    """Load ``[W, 16, BC]`` of a ``[B, T, heads, channels]`` tensor in float32, zero off the mask."""
+def load_strip(p_x, i_b, i_h, t_0, o_t, o_k, n_t, K: tl.constexpr, stride_b, stride_t, stride_h, stride_c):
+    """Load ``[W, 16, BC]`` of a ``[B, T, heads, channels]`` tensor, zero off the sequence and the channels."""
     p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
     o_x = (t_0 + o_t)[None, :, None] * stride_t + o_k.to(tl.int64)[:, None, :] * stride_c
-    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return tl.load(p_x + o_x, mask=(o_t < n_t)[None, :, None] & (o_k < K)[:, None, :], other=0.0)
 
 
 @triton.jit
-def unit_strip(b_x, scale):
-    """Return rows divided by their norms over all slabs, times ``scale``, and the inverse norms."""
-    b_n = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(b_x * b_x, axis=2), axis=0) + L2NORM_EPSILON)
-    return b_x * (b_n * scale)[None, :, None], b_n
+def sum_of_both(b_x, b_y):
+    """Return both tiles summed over slabs, which takes the warps one exchange."""
+    return tl.split(tl.sum(tl.join(b_x, b_y), axis=0))
+
+
+@triton.jit
+def query_and_key(b_q, b_k, scale, USE_L2NORM: tl.constexpr):
+    """Return scaled queries and keys in float32, normalised or not, and their inverse norms, one where they are not."""
+    b_q = b_q.to(tl.float32)
+    b_k = b_k.to(tl.float32)
+    b_qn = tl.zeros((STRIP,), dtype=tl.float32) + 1.0
+    b_kn = b_qn
+    if USE_L2NORM:
+        b_qn, b_kn = sum_of_both(tl.sum(b_q * b_q, axis=2), tl.sum(b_k * b_k, axis=2))
+        b_qn = 1.0 / tl.sqrt_rn(b_qn + L2NORM_EPSILON)
+        b_kn = 1.0 / tl.sqrt_rn(b_kn + L2NORM_EPSILON)
+        b_k = b_k * b_kn[None, :, None]
+    return b_q * (b_qn * scale)[None, :, None], b_k, b_qn, b_kn
 
 
 @triton.jit
 def log2_decays(
-    g, A_log, dt_bias, i_b, i_g, t_0, o_t, o_k, n_t, stride_gb, stride_gt, stride_gh, stride_gk, lower_bound, K: tl.constexpr,
+    b_x, A_log, dt_bias, i_g, o_t, o_k, n_t, lower_bound, K: tl.constexpr,
     USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Return the base-two log decays of one strip, zero off the sequence and the channels."""
+    """Return the base-two log decays of one strip of gate logits, zero off the sequence and the channels."""
     m_k = o_k < K
-    m_x = (o_t < n_t)[None, :, None] & m_k[:, None, :]
-    b_x = load_strip(g, i_b, i_g, t_0, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
+    b_x = b_x.to(tl.float32)
     if HAS_DT_BIAS:
         b_x += tl.load(dt_bias + i_g * K + o_k, mask=m_k, other=0.0).to(tl.float32)[:, None, :]
     b_A, b_slope = gate_slope(A_log, i_g, HAS_A_LOG)
+    m_x = (o_t < n_t)[None, :, None] & m_k[:, None, :]
     return tl.where(m_x, log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED), 0.0)
-
-
-@triton.jit
-def query_and_key(
-    q, k, i_b, i_h, t_0, o_t, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
-    scale, K: tl.constexpr, USE_L2NORM: tl.constexpr,
-):  # fmt: skip
-    """Return scaled queries and keys of one strip, normalised or not, and their inverse norms, one where they are not."""
-    m_x = (o_t < n_t)[None, :, None] & (o_k < K)[:, None, :]
-    b_q = load_strip(q, i_b, i_h, t_0, o_t, o_k, m_x, stride_qb, stride_qt, stride_qh, stride_qk)
-    b_k = load_strip(k, i_b, i_h, t_0, o_t, o_k, m_x, stride_kb, stride_kt, stride_kh, stride_kk)
-    b_qn = tl.zeros_like(o_t).to(tl.float32) + 1.0
-    b_kn = b_qn
-    if USE_L2NORM:
-        b_q, b_qn = unit_strip(b_q, scale)
-        b_k, b_kn = unit_strip(b_k, 1.0)
-    else:
-        b_q = b_q * scale
-    return b_q, b_k, b_qn, b_kn
 
 
 @triton.jit
@@ -139,14 +137,14 @@ def level_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv):
+def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv, LEAST: tl.constexpr):
     """Replace rows of scores by what one product each gives, where that holds.
 
-    The rows of ``q_dec`` and ``k_dec`` carry ``exp2(G)`` and those of ``inv`` ``exp2(-G)``, which float32 holds as long as a channel loses
-    no more than ``MOST_DECAY``. Whether it does for a row depends on the tokens up to it alone.
+    The rows of ``q_dec`` and ``k_dec`` carry ``exp2(G)`` and those of ``inv`` ``exp2(-G)``, which float32 holds as long as no ``G`` is
+    below ``LEAST``. Whether it does for a row depends on the tokens up to it alone.
     """
     o_t = tl.arange(0, STRIP)
-    m_t = (tl.min(b_G, axis=2) >= SHIFT - MOST_DECAY)[:, :, None]
+    m_t = (tl.min(b_G, axis=2) >= LEAST)[:, :, None]
     b_P = tl.where(m_t, pair_product_tf32(b_q_dec, b_inv), b_P)
     b_L = tl.where(m_t, pair_product_tf32(b_k_dec, b_inv), b_L)
     b_P = tl.where((o_t[:, None] >= o_t[None, :])[None, :, :], b_P, 0.0)
@@ -195,7 +193,8 @@ def kda_chunk_fwd_prepare_kernel(
     W: tl.constexpr = BK // BC
     TWO: tl.constexpr = BT > STRIP
     LEVELLED: tl.constexpr = EXACT or TWO
-    RAISED: tl.constexpr = 0.0 if LEVELLED else SHIFT
+    RAISED: tl.constexpr = 0.0 if LEVELLED else UNIT_SHIFT if USE_L2NORM else SHIFT
+    MOST: tl.constexpr = MOST_UNIT_DECAY if USE_L2NORM else MOST_DECAY
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
     i_h = i_g // (G // H)
@@ -205,33 +204,27 @@ def kda_chunk_fwd_prepare_kernel(
     o_s = tl.arange(0, STRIP)
     o_k = tl.arange(0, W)[:, None] * BC + tl.arange(0, BC)[None, :]  # [W, BC]
     o_0 = o_s[None, :, None] * BK + o_k[:, None, :]  # [W, 16, BC]
-    o_1 = o_0 + STRIP * BK
     o_tt = o_t[:, None] * BT + o_t[None, :]
     p_token = tokens + i_cg * (TOKEN_ROWS * BT)
     p_tk = i_cg * (BT * BK)
     p_tt = i_cg * (PLANES * PLANE)
 
+    b_q0 = load_strip(q, i_b, i_h, t_0, o_s, o_k, n_t, K, stride_qb, stride_qt, stride_qh, stride_qk)
+    b_k0 = load_strip(k, i_b, i_h, t_0, o_s, o_k, n_t, K, stride_kb, stride_kt, stride_kh, stride_kk)
+    b_g0 = load_strip(g, i_b, i_g, t_0, o_s, o_k, n_t, K, stride_gb, stride_gt, stride_gh, stride_gk)
     b_g0 = log2_decays(
-        g, A_log, dt_bias, i_b, i_g, t_0, o_s, o_k, n_t, stride_gb, stride_gt, stride_gh, stride_gk, lower_bound, K,
-        USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS,
-    )  # fmt: skip
+        b_g0, A_log, dt_bias, i_g, o_s, o_k, n_t, lower_bound, K, USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS
+    )
     b_gh0, b_gl0 = split_unless(b_g0, EXACT)
     b_total = tl.sum(tl.where((o_s > 0)[None, :, None], b_g0, 0.0), axis=1)  # [W, BC]
     b_like = tl.zeros((W, STRIP, STRIP), dtype=tl.float32)
     b_P = b_like
     b_L = b_like
-    # One less, for sums in another order. What the other way needs is loaded again below, so as not to hold it in registers here.
-    if LEVELLED or tl.min(b_total) < 1.0 - MOST_DECAY:
-        b_q0, b_k0, b_qn0, b_kn0 = query_and_key(
-            q, k, i_b, i_h, t_0, o_s, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk,
-            stride_kb, stride_kt, stride_kh, stride_kk, scale, K, USE_L2NORM,
-        )  # fmt: skip
-        b_P, b_L = level_scores(b_q0, b_k0, b_gh0, b_gl0, W, EXACT)
-    if not LEVELLED:
-        b_q0, b_k0, b_qn0, b_kn0 = query_and_key(
-            q, k, i_b, i_h, t_0, o_s, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk,
-            stride_kb, stride_kt, stride_kh, stride_kk, scale, K, USE_L2NORM,
-        )  # fmt: skip
+    # One less, for sums in another order. First, because it leaves nothing in registers but its scores.
+    if LEVELLED or tl.min(b_total) < 1.0 - MOST:
+        b_qs, b_ks, b_qn0, b_kn0 = query_and_key(b_q0, b_k0, scale, USE_L2NORM)
+        b_P, b_L = level_scores(b_qs, b_ks, b_gh0, b_gl0, W, EXACT)
+    b_q0, b_k0, b_qn0, b_kn0 = query_and_key(b_q0, b_k0, scale, USE_L2NORM)
     # Decays up to each token without the first one, and of those behind it; the latter of the whole chunk below.
     m_up_to = (o_s[:, None] >= o_s[None, :]) & (o_s[None, :] > 0)
     b_G = sum_decays(m_up_to, b_gh0, b_gl0, b_like, EXACT, RAISED)
@@ -241,16 +234,16 @@ def kda_chunk_fwd_prepare_kernel(
     b_kd0 = b_k0 * b_dec0
     b_kr0 = b_k0 * b_rest0
     if not LEVELLED:
-        b_P, b_L = raised_scores(b_P, b_L, b_G, b_qd0, b_kd0, b_k0 * tl.exp2(-b_G))
+        b_P, b_L = raised_scores(b_P, b_L, b_G, b_qd0, b_kd0, b_k0 * tl.exp2(-b_G), RAISED - MOST)
     if TWO:
+        o_1 = o_s + STRIP
+        b_q1 = load_strip(q, i_b, i_h, t_0, o_1, o_k, n_t, K, stride_qb, stride_qt, stride_qh, stride_qk)
+        b_k1 = load_strip(k, i_b, i_h, t_0, o_1, o_k, n_t, K, stride_kb, stride_kt, stride_kh, stride_kk)
+        b_g1 = load_strip(g, i_b, i_g, t_0, o_1, o_k, n_t, K, stride_gb, stride_gt, stride_gh, stride_gk)
         b_g1 = log2_decays(
-            g, A_log, dt_bias, i_b, i_g, t_0, o_s + STRIP, o_k, n_t, stride_gb, stride_gt, stride_gh, stride_gk, lower_bound, K,
-            USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS,
-        )  # fmt: skip
-        b_q1, b_k1, b_qn1, b_kn1 = query_and_key(
-            q, k, i_b, i_h, t_0, o_s + STRIP, o_k, n_t, stride_qb, stride_qt, stride_qh, stride_qk,
-            stride_kb, stride_kt, stride_kh, stride_kk, scale, K, USE_L2NORM,
-        )  # fmt: skip
+            b_g1, A_log, dt_bias, i_g, o_1, o_k, n_t, lower_bound, K, USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS
+        )
+        b_q1, b_k1, b_qn1, b_kn1 = query_and_key(b_q1, b_k1, scale, USE_L2NORM)
         b_gh1, b_gl1 = split_unless(b_g1, EXACT)
         b_P1, b_L1 = level_scores(b_q1, b_k1, b_gh1, b_gl1, W, EXACT)
         b_dec1 = tl.exp2(sum_decays(o_s[:, None] >= o_s[None, :], b_gh1, b_gl1, b_L1, EXACT))
@@ -267,8 +260,7 @@ def kda_chunk_fwd_prepare_kernel(
         b_kr0 = b_kr0 * tl.exp2(b_behind)[:, None, :]
         b_kr1 = b_k1 * b_rest1
     else:
-        b_P = tl.sum(b_P, axis=0)
-        b_L = tl.sum(b_L, axis=0)
+        b_P, b_L = sum_of_both(b_P, b_L)
     if BACKWARD and USE_L2NORM:
         tl.store(p_token + Q_NORM * BT + o_s, b_qn0)
         tl.store(p_token + K_NORM * BT + o_s, b_kn0)
@@ -281,13 +273,13 @@ def kda_chunk_fwd_prepare_kernel(
     tl.store(p_decay + BK, tl.exp2(b_total))
     store_rows(k_rows + p_tk, p_token + K_SCALE * BT + o_s, b_kd0, o_0, EXACT, RAISED)
     if TWO:
-        store_rows(k_rows + p_tk, p_token + K_SCALE * BT + STRIP + o_s, b_kd1, o_1, EXACT)
+        store_rows(k_rows + p_tk, p_token + K_SCALE * BT + STRIP + o_s, b_kd1, o_0 + STRIP * BK, EXACT)
     if BACKWARD:
         store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + o_s, b_qd0, o_0, EXACT, RAISED)
         store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + o_s, b_kr0, o_0, EXACT)
         if TWO:
-            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_1, EXACT)
-            store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + STRIP + o_s, b_kr1, o_1, EXACT)
+            store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_0 + STRIP * BK, EXACT)
+            store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + STRIP + o_s, b_kr1, o_0 + STRIP * BK, EXACT)
 
     m_t = o_t < n_t
     b_b = load_column(beta, i_b, i_g, t_0, o_t, m_t, stride_bb, stride_bt, stride_bh)
