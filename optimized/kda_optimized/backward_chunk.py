@@ -34,7 +34,7 @@ from kda_optimized.products import product_rows, scaled_rows, split, unit_rows
 
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_bwd_pairs_kernel(
-    beta, tokens, errors, pulled, do, dscores, dbeta, cu_seqlens, chunk_table,
+    beta, tokens, errors, pulled, do, dscores, dbeta, chunk_table,
     stride_ob, stride_ot, stride_oh, stride_ov, stride_bb, stride_bt, stride_bh, scale, T,
     G: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr,
     USE_SIGMOID: tl.constexpr, CEILING: tl.constexpr,
@@ -42,7 +42,7 @@ def kda_chunk_bwd_pairs_kernel(
     """Write ``scale dP`` and ``dL`` of one chunk and value head, unmasked, and the gradient of beta or its logit."""
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
-    i_b, t_0, t_g, n_t = locate_chunk(i_c, cu_seqlens, chunk_table, T, BT)
+    i_b, t_0, t_g, n_t = locate_chunk(i_c, chunk_table, T)
     i_cg = i_c.to(tl.int64) * G + i_g
     o_t = tl.arange(0, BT)
     m_t = o_t < n_t
@@ -96,7 +96,7 @@ def product_pairs(b_a, b_x, EXACT: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_bwd_channels_kernel(
     q, k, g, A_log, dt_bias, tokens, states, dstates, errors, pulled, do, dscores, dq, dk, dg, dA_parts, dbias_parts,
-    cu_seqlens, chunk_table,
+    chunk_table,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_ob, stride_ot, stride_oh, stride_ov, scale, lower_bound, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -109,7 +109,7 @@ def kda_chunk_bwd_channels_kernel(
     i_c = tl.program_id(0) // NK // G
     i_g = tl.program_id(0) // NK % G
     i_h = i_g // (G // H)
-    i_b, t_0, t_g, n_t = locate_chunk(i_c, cu_seqlens, chunk_table, T, BT)
+    i_b, t_0, t_g, n_t = locate_chunk(i_c, chunk_table, T)
     i_cg = i_c.to(tl.int64) * G + i_g
     o_t = tl.arange(0, BT)
     o_k = i_k * BK + tl.arange(0, BK)

@@ -27,13 +27,12 @@ OFF_MASK = tl.constexpr(-1e30)
 
 
 @triton.jit
-def locate_chunk(i_c, cu_seqlens, chunk_table, T, BT: tl.constexpr):
-    """Return batch row, first token within it, first token of the call (all int64) and number of tokens of chunk ``i_c``."""
-    i_n = tl.load(chunk_table + 2 * i_c).to(tl.int64)
-    t_g = tl.load(cu_seqlens + i_n) + tl.load(chunk_table + 2 * i_c + 1).to(tl.int64) * BT
-    n_t = tl.load(cu_seqlens + i_n + 1) - t_g
-    i_b = t_g // T
-    return i_b, t_g - i_b * T, t_g, n_t
+def locate_chunk(i_c, chunk_table, T):
+    """Return batch row, first token within it, first token of the call and tokens to the end of the sequence of a chunk, all int64."""
+    p_c = chunk_table + 3 * i_c
+    i_b = tl.load(p_c)
+    t_0 = tl.load(p_c + 1)
+    return i_b, t_0, i_b * T + t_0, tl.load(p_c + 2)
 
 
 @triton.jit

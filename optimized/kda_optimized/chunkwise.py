@@ -253,7 +253,7 @@ def prepare(call: Call, *, backward: bool) -> Prepared:
     )
     arguments = {
         **call.tensors("q", "k", "g", "beta"), **call.gate(), **done._asdict(), **call.strength(), **call.pick("H", "G", "K"),
-        "cu_seqlens": call.schedule.cu_seqlens, "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale,
+        "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale,
         "T": call.inputs.q.shape[1], "BT": c, "BK": bk, "BC": min(bk, call.config(kda_chunk_fwd_prepare_kernel).block_k or bk),
         "LEVELS": c.bit_length() - 1, "EXACT": call.exact, "BACKWARD": backward, "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
     }  # fmt: skip
@@ -295,6 +295,7 @@ def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
     del arguments["solve"]
     call.start(kda_chunk_bwd_walk_kernel, _value_programs(call, bv), arguments)
 
+    del tables["cu_seqlens"]
     tables["chunk_table"] = call.schedule.chunk_table
     dscores = call.per_chunk(2, c, c)
     arguments = {

@@ -179,7 +179,7 @@ def store_rows(p_x, p_s, b_x, o_x, EXACT: tl.constexpr, RAISED: tl.constexpr = 0
 
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_fwd_prepare_kernel(
-    q, k, g, beta, A_log, dt_bias, q_rows, k_rows, rest_rows, tokens, scores, solve, pull, decay, cu_seqlens, chunk_table,
+    q, k, g, beta, A_log, dt_bias, q_rows, k_rows, rest_rows, tokens, scores, solve, pull, decay, chunk_table,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_bb, stride_bt, stride_bh, scale, lower_bound, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
@@ -198,7 +198,7 @@ def kda_chunk_fwd_prepare_kernel(
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
     i_h = i_g // (G // H)
-    i_b, t_0, _, n_t = locate_chunk(i_c, cu_seqlens, chunk_table, T, BT)
+    i_b, t_0, _, n_t = locate_chunk(i_c, chunk_table, T)
     i_cg = i_c.to(tl.int64) * G + i_g
     o_t = tl.arange(0, BT)
     o_s = tl.arange(0, STRIP)
@@ -212,6 +212,9 @@ def kda_chunk_fwd_prepare_kernel(
     b_q0 = load_strip(q, i_b, i_h, t_0, o_s, o_k, n_t, K, stride_qb, stride_qt, stride_qh, stride_qk)
     b_k0 = load_strip(k, i_b, i_h, t_0, o_s, o_k, n_t, K, stride_kb, stride_kt, stride_kh, stride_kk)
     b_g0 = load_strip(g, i_b, i_g, t_0, o_s, o_k, n_t, K, stride_gb, stride_gt, stride_gh, stride_gk)
+    m_t = o_t < n_t
+    b_b = load_column(beta, i_b, i_g, t_0, o_t, m_t, stride_bb, stride_bt, stride_bh)
+    b_b = tl.where(m_t, strength(b_b, USE_SIGMOID, CEILING), 0.0)  # [BT]
     b_g0 = log2_decays(
         b_g0, A_log, dt_bias, i_g, o_s, o_k, n_t, lower_bound, K, USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS
     )
@@ -281,9 +284,6 @@ def kda_chunk_fwd_prepare_kernel(
             store_rows(q_rows + p_tk, p_token + Q_SCALE * BT + STRIP + o_s, b_q1, o_0 + STRIP * BK, EXACT)
             store_rows(rest_rows + p_tk, p_token + REST_SCALE * BT + STRIP + o_s, b_kr1, o_0 + STRIP * BK, EXACT)
 
-    m_t = o_t < n_t
-    b_b = load_column(beta, i_b, i_g, t_0, o_t, m_t, stride_bb, stride_bt, stride_bh)
-    b_b = tl.where(m_t, strength(b_b, USE_SIGMOID, CEILING), 0.0)  # [BT]
     b_Z = inverse(b_L * b_b[None, :], BT, LEVELS, EXACT)
     if BACKWARD:
         tl.store(p_token + BETA * BT + o_t, b_b)

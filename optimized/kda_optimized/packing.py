@@ -36,7 +36,7 @@ class Schedule:
     chunk_offsets
         int64 ``[N]``, number of the first chunk of each sequence.
     chunk_table
-        int32 ``[num_chunks, 2]``, sequence of each chunk and its number within the sequence.
+        int64 ``[num_chunks, 3]``, batch row of each chunk, its first token there, and the tokens from there to its sequence's end.
     """
 
     chunk_len: int
@@ -86,7 +86,7 @@ def chunk_length(chunk_size: int, operand_bytes: int, width: int) -> int:
 
 def schedule(inputs: KdaInputs, chunk_len: int) -> Schedule:
     """Cut every sequence of a call into chunks; ``cu_seqlens`` is read on the host."""
-    return _schedule(offsets_of(inputs), chunk_len, inputs.q.device)
+    return _schedule(offsets_of(inputs), chunk_len, inputs.q.shape[1], inputs.q.device)
 
 
 def offsets_of(inputs: KdaInputs) -> tuple[int, ...]:
@@ -122,13 +122,15 @@ def _segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device
 
 
 @lru_cache(maxsize=64)
-def _schedule(offsets: tuple[int, ...], chunk_len: int, device: torch.device) -> Schedule:
+def _schedule(offsets: tuple[int, ...], chunk_len: int, row_len: int, device: torch.device) -> Schedule:
     """Build the tables; calls of one shape follow each other, and a copy to the device costs more than a short kernel."""
     cu_seqlens = torch.tensor(offsets, dtype=torch.int64)
     counts = (cu_seqlens.diff() + chunk_len - 1) // chunk_len
     first = counts.cumsum(0) - counts
     sequence = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-    table = torch.stack([sequence, torch.arange(sequence.numel()) - first[sequence]], dim=1).to(torch.int32)
+    start = cu_seqlens[sequence] + (torch.arange(sequence.numel()) - first[sequence]) * chunk_len
+    row = start // max(row_len, 1)
+    table = torch.stack([row, start - row * row_len, cu_seqlens[sequence + 1] - start], dim=1)
     return Schedule(
         chunk_len=chunk_len,
         num_chunks=sequence.numel(),
