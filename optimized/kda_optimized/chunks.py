@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 
 # Per-token numbers that the first kernel leaves for the others, in this order: scales of q_dec, k_dec and k_rest, beta,
-# inverse norms of q and k.
+# inverse norms of q and k, scale of k_pull.
 Q_SCALE = tl.constexpr(0)
 K_SCALE = tl.constexpr(1)
 REST_SCALE = tl.constexpr(2)
 BETA = tl.constexpr(3)
 Q_NORM = tl.constexpr(4)
 K_NORM = tl.constexpr(5)
-TOKEN_ROWS = tl.constexpr(6)
+PULL_SCALE = tl.constexpr(6)
+TOKEN_ROWS = tl.constexpr(7)
 OFF_MASK = tl.constexpr(-1e30)
 
 

@@ -12,13 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kda_optimized.backward_chunk import (
-    kda_chunk_bwd_channels_kernel,
-    kda_chunk_bwd_heads_kernel,
-    kda_chunk_bwd_pairs_kernel,
-)
-from kda_optimized.backward_states import kda_chunk_bwd_states_kernel
-from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
 from kda_optimized.chunks import TOKEN_ROWS
 from kda_optimized.forward_prepare import kda_chunk_fwd_prepare_kernel
 from kda_optimized.forward_segments import kda_chunk_fwd_segments_kernel
@@ -32,8 +25,7 @@ if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
     from torch import Tensor
 
-ROWS_PER_PROGRAM = 32
-FORWARD_CHUNK, BACKWARD_CHUNK = 16, 32
+FORWARD_CHUNK = 16
 LEAST_PIECES = 4
 
 
@@ -263,78 +255,6 @@ def prepare(call: Call, *, backward: bool) -> Prepared:
 
 def _value_programs(call: Call, bv: int) -> int:
     return call.inputs.num_sequences * call.sizes["G"] * -(-call.sizes["V"] // bv)
-
-
-def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> dict[str, Tensor]:
-    """Return the gradients of ``<do, o> + <dfinal_state, final_state>`` by argument name, in the dtype of each argument.
-
-    Nothing of the forward pass is kept but its inputs: preparing the chunks again costs less than reading what would be stored.
-    """
-    call = Call.of(inputs, BACKWARD_CHUNK)
-    x, sizes, c = call.inputs, call.sizes, call.schedule.chunk_len
-    done = prepare(call, backward=True)
-    states, dstates = (call.per_chunk(sizes["K"], sizes["V"]) for _ in range(2))
-    errors, pulled = (call.per_chunk(c, sizes["V"]) for _ in range(2))
-    bv = tile(call.config(kda_chunk_bwd_states_kernel).block_v, sizes["V"])
-    arguments = {**call.walk(done), "solve": done.solve, "states": states, "errors": errors, "BV": bv}
-    call.start(kda_chunk_bwd_states_kernel, _value_programs(call, bv), arguments)
-
-    found = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=call.device) for name, tensor in x.tensors().items()
-    }
-    tables = {"cu_seqlens": call.schedule.cu_seqlens, "T": x.q.shape[1], "BT": c, "EXACT": call.exact}
-    cotangent = {"do": do, **strides("o", "bthv", do), "HAS_DO": do is not None}
-    bv = tile(call.config(kda_chunk_bwd_walk_kernel).block_v, sizes["V"])
-    dinitial = found.get("initial_state")
-    arguments = {
-        **done._asdict(), **call.pick("G", "K", "V"), **tables, **cotangent, "chunk_offsets": call.schedule.chunk_offsets,
-        "dfinal_state": dfinal_state, **call.state_strides("f", dfinal_state), "HAS_DFINAL": dfinal_state is not None,
-        "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
-        "dv": found["v"], "dstates": dstates, "pulled": pulled, "BK": padded(sizes["K"]), "BV": bv,
-    }  # fmt: skip
-    del arguments["solve"]
-    call.start(kda_chunk_bwd_walk_kernel, _value_programs(call, bv), arguments)
-
-    tables["chunk_table"] = call.schedule.chunk_table
-    dscores = call.per_chunk(2, c, c)
-    arguments = {
-        **call.tensors("beta"), **call.strength(), **tables, **cotangent, **call.pick("G", "V"), "tokens": done.tokens, "errors": errors,
-        "pulled": pulled, "dscores": dscores, "dbeta": found["beta"], "scale": x.effective_scale,
-        "BV": tile(call.config(kda_chunk_bwd_pairs_kernel).block_v, sizes["V"]),
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_pairs_kernel, call.schedule.num_chunks * sizes["G"], arguments)
-    _channels(call, found, {**tables, **cotangent, "tokens": done.tokens, "states": states, "dstates": dstates, "errors": errors,
-                            "pulled": pulled, "dscores": dscores})  # fmt: skip
-    return found
-
-
-def _channels(call: Call, found: dict[str, Tensor], arguments: dict[str, Any]) -> None:
-    """Fill in the gradients of q, k, the gate and its parameters."""
-    x, sizes, config = call.inputs, call.sizes, call.config(kda_chunk_bwd_channels_kernel)
-    bk = tile(config.block_k, sizes["K"])
-    tiles = -(-sizes["K"] // bk)
-    to_heads = x.use_qk_l2norm_in_kernel or sizes["H"] != sizes["G"]
-    dq, dk = (call.new(*x.g.shape) for _ in range(2)) if to_heads else (found["q"], found["k"])
-    slope_parts, bias_parts = call.per_chunk(tiles), call.per_chunk(sizes["K"])
-    arguments |= {
-        **call.tensors("q", "k", "g"), **call.gate(), **sizes, "dq": dq, "dk": dk, "dg": found["g"],
-        "dA_parts": slope_parts, "dbias_parts": bias_parts, "scale": x.effective_scale, "BK": bk, "BV": tile(config.block_v, sizes["V"]),
-        "LEVELS": arguments["BT"].bit_length() - 1, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_channels_kernel, call.schedule.num_chunks * sizes["G"] * tiles, arguments)
-    if to_heads:
-        num_tokens = x.q.shape[0] * x.q.shape[1]
-        arguments = {
-            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": dq, "dk_G": dk, "dq": found["q"], "dk": found["k"],
-            "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
-            "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-        }  # fmt: skip
-        call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
-    # The second stage of these sums runs in a fixed order too.
-    if "A_log" in found:
-        found["A_log"] = slope_parts.sum((0, 2))
-    if "dt_bias" in found:
-        found["dt_bias"] = bias_parts.sum(0).flatten()
 
 
 def recurrent_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:

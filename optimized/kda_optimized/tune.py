@@ -19,7 +19,8 @@ from kda_reference.contract import KdaInputs
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from kda_optimized.chunkwise import chunk_backward, chunk_forward, recurrent_forward
+from kda_optimized.backward import chunk_backward
+from kda_optimized.chunkwise import chunk_forward, recurrent_forward
 from kda_optimized.launch import recorded
 from kda_optimized.launch_config import DEFAULT, Table, architecture, fits, table, using
 
