@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 LOG_LOG2_E = tl.constexpr(0.36651292058166435)
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-128.0)
@@ -87,12 +86,6 @@ def log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: 
     else:
         b_g = b_x * LOG2_E
     return tl.maximum(b_g, LOWEST_LOG_DECAY * LOG2_E)
-
-
-@triton.jit
-def log_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Return the natural log decay."""
-    return log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED) * LN_2
 
 
 @triton.jit

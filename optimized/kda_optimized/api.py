@@ -1,7 +1,8 @@
 """The public functions: argument checks and the derivative.
 
-Reading order of the kernels: ``chunks`` and ``products``, ``forward_prepare``, ``forward_walk``, ``forward_segments``,
-``backward_states``, ``backward_walk``, ``backward_chunk``, ``recurrent``; ``chunkwise`` launches them.
+Reading order of the kernels: ``chunks``, ``products``, ``strips``; ``forward_prepare``, ``forward_walk``, ``forward_segments`` and
+``recurrent``, which ``chunkwise`` launches; ``backward_prepare``, ``backward_states``, ``backward_walk``, ``backward_pairs``,
+``backward_tiles``, ``backward_channels`` and ``backward_heads``, which ``backward`` launches.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from kda_reference.contract import KdaInputs, check_inputs
 from kda_reference.errors import DomainError, DtypeError
 
-from kda_optimized.chunkwise import chunk_backward, chunk_forward, recurrent_forward
+from kda_optimized.backward import chunk_backward
+from kda_optimized.chunkwise import chunk_forward, recurrent_forward
 from kda_optimized.interpreter import check_device
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ def chunk_kda(
     safe_gate
         Accepted and not exploited: every gate is computed safely.
     chunk_size
-        Positive; an upper limit on the tokens per chunk. The forward takes 16, the backward at most 32.
+        Positive; an upper limit on the tokens per chunk. Kernels take 16; the backward keeps a state every 64 tokens, or every 32 or 16
+        where this is less, which doubles or quadruples its memory for states.
 
     Returns
     -------

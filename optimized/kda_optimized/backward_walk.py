@@ -1,87 +1,132 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""First backward kernel: walk the chunks from the last to the first with the cotangent of the state on chip.
+"""Third backward kernel: walk the chunks from the last to the first with the cotangent of the state on chip.
 
-With dS the cotangent of the state after a chunk, and the names of the forward kernels:
+With dS the cotangent of the state after a chunk, and the names of :mod:`kda_optimized.backward_prepare`:
 
-    dw = P^T dO + k_rest dS          Y = X^T dw                  ``pulled``, the cotangent of beta u
-    dV = beta Y                      dS <- exp(g_1) (exp(G_C) dS + q_dec^T dO - k_dec^T dV)      ``dstates`` holds dS after each chunk
+    Y = mix^T dO + k_pull dS         cotangent of ``beta u``            ``pulled``
+    dV = beta Y
+    dS <- exp(g_1) (exp(G_C) dS + q_dec^T dO - k_dec^T dV)
 
-The adjoint of the inverse needs no product of its own: what reaches the pairs of tokens is ``-dV w^T``.
+``dstates`` holds dS after every span of SPAN chunks. The adjoint of the inverse needs no product of its own: what reaches the pairs
+of tokens is ``-dV w^T``. Layout and formats are those of :mod:`kda_optimized.backward_states`.
 """
 
 import triton
 import triton.language as tl
 
-from kda_optimized.chunks import BETA, K_SCALE, Q_SCALE, REST_SCALE, TOKEN_ROWS, load_tile, locate_sequence
-from kda_optimized.products import product_columns, product_planes
+from kda_optimized.backward_states import CHUNK, load_state, pair_planes, read_product, store_columns, write_product
+from kda_optimized.chunks import BETA, K_SCALE, PULL_SCALE, Q_SCALE, TOKEN_ROWS, locate_sequence
 
 
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_bwd_walk_kernel(
-    q_rows, k_rows, rest_rows, tokens, scores, pull, decay, do, dfinal_state, dv, dinitial_state, dstates, pulled,
-    cu_seqlens, chunk_offsets,
+    q_rows, k_rows, pull_rows, tokens, mix, decay, do, dfinal_state, dv, dinitial_state, dstates, dstate_scales,
+    pulled, pulled_scales, cu_seqlens, chunk_offsets, span_offsets,
     stride_ob, stride_ot, stride_oh, stride_ov, stride_fn, stride_fg, stride_fk, stride_fv,
     stride_in, stride_ig, stride_ik, stride_iv, T,
-    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
+    G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
     HAS_DO: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr,
 ):  # fmt: skip
     """Walk back along one sequence of one value head, for BV of its value channels."""
-    PLANE: tl.constexpr = BT * BT
     PLANES: tl.constexpr = 1 if EXACT else 2
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
     i_n = tl.program_id(0) // NV // G
     i_g = tl.program_id(0) // NV % G
-    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, BT)
-    o_t = tl.arange(0, BT)
+    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, CHUNK)
+    s_0 = tl.load(span_offsets + i_n)
+    o_t = tl.arange(0, CHUNK)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < V
-    m_kv = (o_k < K)[:, None] & m_v[None, :]
+    m_vk = m_v[:, None] & (o_k < K)[None, :]
     o_tk = o_t[:, None] * BK + o_k[None, :]
-    o_tt = o_t[None, :] * BT + o_t[:, None]  # of the transpose
-    o_tv = o_t[:, None] * V + o_v[None, :]
-    o_kv = o_k[:, None] * V + o_v[None, :]
+    o_tt = o_t[:, None] * CHUNK + o_t[None, :]
+    o_vk = o_v[:, None] * BK + o_k[None, :]
+    o_y = o_t[None, :] * (G * V) + o_v[:, None]
+    o_ys = o_t * (G * NV) + i_v
 
-    b_dS = tl.zeros((BK, BV), dtype=tl.float32)
+    b_dS = tl.zeros((BV, BK), dtype=tl.float32)
     if HAS_DFINAL:
         p_s = dfinal_state + i_n.to(tl.int64) * stride_fn + i_g.to(tl.int64) * stride_fg
-        b_dS += tl.load(
-            p_s + o_k.to(tl.int64)[:, None] * stride_fk + o_v.to(tl.int64)[None, :] * stride_fv, mask=m_kv, other=0.0
+        b_dS += load_state(p_s, o_v, o_k, m_vk, stride_fk, stride_fv)
+    if n_c > 0:
+        i_sg = (s_0 + (n_c - 1) // SPAN) * G + i_g
+        store_columns(
+            dstates + i_sg * (V * BK) + o_vk,
+            dstate_scales + (i_sg * NV + i_v) * BK + o_k,
+            b_dS,
+            m_v[:, None],
+            o_k >= 0,
+            EXACT,
         )
 
+    p_do = do
+    o_vt = o_t[None, :] + o_v[:, None]
+    if HAS_DO:
+        p_do += i_b * stride_ob + i_g.to(tl.int64) * stride_oh + (t_0 + (n_c - 1) * CHUNK) * stride_ot
+        o_vt = o_t[None, :] * stride_ot + o_v.to(tl.int64)[:, None] * stride_ov
+    p_token = tokens + ((c_0 + n_c - 1) * G + i_g) * (TOKEN_ROWS * CHUNK) + o_t
+    p_decay = decay + ((c_0 + n_c - 1) * G + i_g) * (2 * BK) + o_k
+    # What a product does not read from shared memory is loaded one chunk ahead, which is the chunk before.
+    m_more = (o_k >= 0) & (n_c > 0)
+    m_t = ((n_c - 1) * CHUNK + o_t < n_t) & (n_c > 0)
+    b_do = tl.zeros((BV, CHUNK), dtype=tl.float32)
+    b_do_next = b_do
+    if HAS_DO:
+        b_do = tl.load(p_do + o_vt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(tl.float32)
+    b_qs = tl.load(p_token + Q_SCALE * CHUNK, mask=m_t, other=0.0)
+    b_ks = tl.load(p_token + K_SCALE * CHUNK, mask=m_t, other=0.0)
+    b_ps = tl.load(p_token + PULL_SCALE * CHUNK, mask=m_t, other=0.0)
+    b_b = tl.load(p_token + BETA * CHUNK, mask=m_t, other=0.0)
+    b_entry = tl.load(p_decay, mask=m_more, other=0.0)
+    b_total = tl.load(p_decay + BK, mask=m_more, other=0.0)
     for i_r in range(n_c):
         i_t = n_c - 1 - i_r
         i_cg = (c_0 + i_t) * G + i_g
-        t_c = i_t * BT
-        m_tv = (t_c + o_t < n_t)[:, None] & m_v[None, :]
-        p_tk = i_cg * (BT * BK)
-        p_tt = i_cg * (PLANES * PLANE)
-        p_token = tokens + i_cg * (TOKEN_ROWS * BT) + o_t
-        tl.store(dstates + i_cg * (K * V) + o_kv, b_dS, mask=m_kv)
-
-        b_dw = (
-            product_columns(tl.load(rest_rows + p_tk + o_tk), b_dS, EXACT) * tl.load(p_token + REST_SCALE * BT)[:, None]
-        )
+        t_c = i_t * CHUNK
+        b_p = tl.load(pull_rows + i_cg * (CHUNK * BK) + o_tk)
+        b_k = tl.load(k_rows + i_cg * (CHUNK * BK) + o_tk)
+        m_t = t_c + o_t < n_t
+        p_token -= G * (TOKEN_ROWS * CHUNK)
+        p_decay -= G * (2 * BK)
+        m_next = (o_t >= 0) & (i_t > 0)
+        m_more = (o_k >= 0) & (i_t > 0)
         if HAS_DO:
-            b_do = load_tile(
-                do, i_b, i_g, t_0 + t_c, o_t, o_v, m_tv, stride_ob, stride_ot, stride_oh, stride_ov
-            )  # [BT, BV]
-            b_dw += product_planes(scores + p_tt, b_do, o_tt, PLANE, EXACT)
-        b_Y = product_planes(pull + p_tt, b_dw, o_tt, PLANE, EXACT)
-        tl.store(pulled + i_cg * (BT * V) + o_tv, b_Y, mask=m_v[None, :])
-        b_dv = b_Y * tl.load(p_token + BETA * BT)[:, None]
-        tl.store(dv + ((t_g + t_c + o_t) * G + i_g)[:, None] * V + o_v[None, :], b_dv, mask=m_tv)
-
-        p_decay = decay + i_cg * (2 * BK) + o_k
-        b_dS = b_dS * tl.load(p_decay + BK)[:, None]
+            p_do -= CHUNK * stride_ot
+            b_do_next = tl.load(p_do + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0).to(tl.float32)
+        b_qs_next = tl.load(p_token + Q_SCALE * CHUNK, mask=m_next, other=0.0)
+        b_ks_next = tl.load(p_token + K_SCALE * CHUNK, mask=m_next, other=0.0)
+        b_ps_next = tl.load(p_token + PULL_SCALE * CHUNK, mask=m_next, other=0.0)
+        b_b_next = tl.load(p_token + BETA * CHUNK, mask=m_next, other=0.0)
+        b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
+        b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
+        b_Y = read_product(b_dS, b_p, b_ps, EXACT)
+        b_dS = b_dS * b_total[None, :]
         if HAS_DO:
-            b_do = b_do * tl.load(p_token + Q_SCALE * BT)[:, None]
-            b_dS += product_columns(tl.trans(tl.load(q_rows + p_tk + o_tk)), b_do, EXACT)
-        b_dv = b_dv * tl.load(p_token + K_SCALE * BT)[:, None]
-        b_dS -= product_columns(tl.trans(tl.load(k_rows + p_tk + o_tk)), b_dv, EXACT)
-        b_dS = b_dS * tl.load(p_decay)[:, None]
+            b_Y += pair_planes(b_do, mix + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
+            b_dS += write_product(b_do, b_qs, tl.load(q_rows + i_cg * (CHUNK * BK) + o_tk), EXACT)
+        b_dv = b_Y * b_b[None, :]
+        b_dS -= write_product(b_dv, b_ks, b_k, EXACT)
+        b_dS = b_dS * b_entry[None, :]
+        i_tg = (t_g + t_c) * G + i_g
+        m_vt = m_v[:, None] & m_t[None, :]
+        tl.store(dv + i_tg * V + o_y, b_dv, mask=m_vt)
+        store_columns(pulled + i_tg * V + o_y, pulled_scales + i_tg * NV + o_ys, b_Y, m_vt, m_t, EXACT)
+        b_do, b_qs, b_ks, b_ps, b_b, b_entry, b_total = (
+            b_do_next, b_qs_next, b_ks_next, b_ps_next, b_b_next, b_entry_next, b_total_next,
+        )  # fmt: skip
+        if (i_t % SPAN == 0) & (i_t > 0):
+            i_sg = (s_0 + i_t // SPAN - 1) * G + i_g
+            store_columns(
+                dstates + i_sg * (V * BK) + o_vk,
+                dstate_scales + (i_sg * NV + i_v) * BK + o_k,
+                b_dS,
+                m_v[:, None],
+                o_k >= 0,
+                EXACT,
+            )
 
     if HAS_DINITIAL:
         p_s = dinitial_state + i_n.to(tl.int64) * stride_in + i_g.to(tl.int64) * stride_ig
-        tl.store(p_s + o_k.to(tl.int64)[:, None] * stride_ik + o_v.to(tl.int64)[None, :] * stride_iv, b_dS, mask=m_kv)
+        tl.store(p_s + o_v.to(tl.int64)[:, None] * stride_iv + o_k.to(tl.int64)[None, :] * stride_ik, b_dS, mask=m_vk)

@@ -15,21 +15,21 @@ import triton
 import triton.language as tl
 
 # Per-token numbers that the first kernel leaves for the others, in this order: scales of q_dec, k_dec and k_rest, beta,
-# inverse norms of q and k.
+# inverse norms of q and k, scale of k_pull.
 Q_SCALE = tl.constexpr(0)
 K_SCALE = tl.constexpr(1)
 REST_SCALE = tl.constexpr(2)
 BETA = tl.constexpr(3)
 Q_NORM = tl.constexpr(4)
 K_NORM = tl.constexpr(5)
-TOKEN_ROWS = tl.constexpr(6)
-OFF_MASK = tl.constexpr(-1e30)
+PULL_SCALE = tl.constexpr(6)
+TOKEN_ROWS = tl.constexpr(7)
 
 
 @triton.jit
 def locate_chunk(i_c, chunk_table, T):
     """Return batch row, first token within it, first token of the call and tokens to the end of the sequence of a chunk, all int64."""
-    p_c = chunk_table + 3 * i_c
+    p_c = chunk_table + 5 * i_c
     i_b = tl.load(p_c)
     t_0 = tl.load(p_c + 1)
     return i_b, t_0, i_b * T + t_0, tl.load(p_c + 2)
@@ -57,18 +57,6 @@ def load_column(p_x, i_b, i_h, t_0, o_t, m_t, stride_b, stride_t, stride_h):
     """Load ``[BT]`` of a ``[B, T, heads]`` tensor in float32, zero off the mask."""
     p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
     return tl.load(p_x + (t_0 + o_t) * stride_t, mask=m_t, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def cumulative(b_g, EXACT: tl.constexpr):
-    """Return the log decay accumulated from the start of the chunk, inclusive.
-
-    Only differences of it are used. In float64 they are exact to float32, so that a strong decay does not spoil the
-    differences behind it; for 16-bit arithmetic float32 sums of values above -128 are accurate enough.
-    """
-    if EXACT:
-        b_g = b_g.to(tl.float64)
-    return tl.cumsum(b_g, axis=0)
 
 
 @triton.jit
@@ -104,24 +92,3 @@ def sum_decays(m_ts, b_gh, b_gl, b_like, EXACT: tl.constexpr, START: tl.constexp
         b_m = b_m.to(tl.bfloat16)
         b_x = tl.dot(b_m, b_gh, tl.dot(b_m, b_gl, tl.zeros_like(b_gl).to(tl.float32) + START))
     return b_x
-
-
-@triton.jit
-def level_exponent(b_G, m_k, i_l, BT: tl.constexpr, BK: tl.constexpr):
-    """Return the log of each row's factor at level ``i_l``, float32 ``[BT, BK]``; far below zero off ``m_k``."""
-    o_t = tl.arange(0, BT)
-    o_m = ((o_t >> i_l) | 1) * (1 << i_l) - 1
-    b_m = tl.gather(b_G, tl.broadcast_to(o_m[:, None], (BT, BK)), 0)
-    return tl.where(m_k[None, :], -tl.abs(b_G - b_m).to(tl.float32), OFF_MASK)
-
-
-@triton.jit
-def factored_exp(b_x, EXACT: tl.constexpr):
-    """Return ``E`` ``[R, C]`` and ``f`` ``[R]`` with ``exp(x) = f E``, where the largest E of each row is one unless ``EXACT``.
-
-    A 16-bit operand needs the row's magnitude taken out, or a strong decay would leave it below the smallest float16.
-    """
-    b_m = tl.max(b_x, axis=1)
-    if EXACT:
-        b_m = tl.zeros_like(b_m)
-    return tl.exp(b_x - b_m[:, None]), tl.exp(b_m)

@@ -12,28 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kda_optimized.backward_chunk import (
-    kda_chunk_bwd_channels_kernel,
-    kda_chunk_bwd_heads_kernel,
-    kda_chunk_bwd_pairs_kernel,
-)
-from kda_optimized.backward_states import kda_chunk_bwd_states_kernel
-from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
 from kda_optimized.chunks import TOKEN_ROWS
 from kda_optimized.forward_prepare import kda_chunk_fwd_prepare_kernel
 from kda_optimized.forward_segments import kda_chunk_fwd_segments_kernel
 from kda_optimized.forward_walk import kda_chunk_fwd_walk_kernel
 from kda_optimized.launch import Launch, strides, submit
 from kda_optimized.launch_config import LaunchConfig, config_of, padded, tile
-from kda_optimized.packing import Schedule, Segments, chunk_length, offsets_of, schedule, segments
+from kda_optimized.packing import Schedule, Segments, offsets_of, schedule, segments
 from kda_optimized.recurrent import kda_recurrent_fwd_kernel
 
 if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
     from torch import Tensor
 
-ROWS_PER_PROGRAM = 32
-FORWARD_CHUNK, BACKWARD_CHUNK = 16, 32
+CHUNK = 16
 LEAST_PIECES = 4
 
 
@@ -45,8 +37,6 @@ class Prepared(NamedTuple):
     rest_rows: Tensor
     tokens: Tensor
     scores: Tensor
-    solve: Tensor
-    pull: Tensor
     decay: Tensor
 
 
@@ -60,20 +50,17 @@ class Call:
         The call, detached.
     exact
         Whether products run in float32 (float32 inputs) or on 16-bit operands.
-    most_tokens
-        Tokens per chunk beyond which this computation does not gain.
     """
 
     inputs: KdaInputs
     exact: bool
-    most_tokens: int
 
     @classmethod
-    def of(cls, inputs: KdaInputs, most_tokens: int) -> Call:
+    def of(cls, inputs: KdaInputs) -> Call:
         """Take a checked call; the parameters of the gate become contiguous, everything else stays where it is."""
         changes = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
         changes |= {name: changes[name].contiguous() for name in ("A_log", "dt_bias") if name in changes}
-        return cls(inputs.replace(**changes), inputs.q.dtype == torch.float32, most_tokens)
+        return cls(inputs.replace(**changes), inputs.q.dtype == torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -89,10 +76,7 @@ class Call:
     @cached_property
     def schedule(self) -> Schedule:
         """Return the chunks of the call."""
-        width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
-        return schedule(
-            self.inputs, chunk_length(min(self.inputs.chunk_size, self.most_tokens), 4 if self.exact else 2, width)
-        )
+        return schedule(self.inputs, CHUNK)
 
     @cached_property
     def segments(self) -> Segments | None:
@@ -110,7 +94,7 @@ class Call:
     def config(self, kernel: Any) -> LaunchConfig:  # noqa: ANN401 - a Triton function
         """Return how a kernel is launched."""
         width = max(padded(self.sizes["K"]), padded(self.sizes["V"]))
-        return config_of(kernel.__name__, self.device, 4 if self.exact else 2, width, self.schedule.chunk_len)
+        return config_of(kernel.__name__, self.device, 4 if self.exact else 2, width)
 
     def pick(self, *names: str) -> dict[str, int]:
         """Return some of the constants H, G, K and V."""
@@ -179,10 +163,10 @@ class Call:
 
 def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     """Return ``o`` and the final state, the latter ``None`` unless asked for."""
-    call = Call.of(inputs, FORWARD_CHUNK)
+    call = Call.of(inputs)
     o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=call.device)
     final = call.new_state() if inputs.output_final_state else None
-    done, pieces = prepare(call, backward=False), call.segments
+    done, pieces = prepare(call), call.segments
     if pieces is None:
         _walk(call, done, {}, o=o, final_state=final, programs=inputs.num_sequences)
         return o, final
@@ -234,28 +218,24 @@ def _walk(
     call.start(kda_chunk_fwd_walk_kernel, programs * call.sizes["G"] * tiles, arguments)
 
 
-def prepare(call: Call, *, backward: bool) -> Prepared:
+def prepare(call: Call) -> Prepared:
     """Run the first kernel."""
-    c, bk, planes = call.schedule.chunk_len, padded(call.sizes["K"]), 1 if call.exact else 2
+    bk, planes = padded(call.sizes["K"]), 1 if call.exact else 2
     operand = torch.float32 if call.exact else torch.float16
     plane = torch.float32 if call.exact else torch.bfloat16
-    square = [call.per_chunk(planes, c, c, dtype=plane) for _ in range(3 if backward else 1)]
-    rows = [call.per_chunk(c, bk, dtype=operand) for _ in range(3 if backward else 2)]
     done = Prepared(
-        q_rows=rows[0],
-        k_rows=rows[1],
-        rest_rows=rows[2] if backward else call.per_chunk(planes, c, bk, dtype=plane),
-        tokens=call.per_chunk(TOKEN_ROWS.value, c),
-        scores=square[0],
-        solve=square[1] if backward else square[0],
-        pull=square[2] if backward else square[0],
+        q_rows=call.per_chunk(CHUNK, bk, dtype=operand),
+        k_rows=call.per_chunk(CHUNK, bk, dtype=operand),
+        rest_rows=call.per_chunk(planes, CHUNK, bk, dtype=plane),
+        tokens=call.per_chunk(TOKEN_ROWS.value, CHUNK),
+        scores=call.per_chunk(planes, CHUNK, CHUNK, dtype=plane),
         decay=call.per_chunk(2, bk),
     )
     arguments = {
-        **call.tensors("q", "k", "g", "beta"), **call.gate(), **done._asdict(), **call.strength(), **call.pick("H", "G", "K"),
-        "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale,
-        "T": call.inputs.q.shape[1], "BT": c, "BK": bk, "BC": min(bk, call.config(kda_chunk_fwd_prepare_kernel).block_k or bk),
-        "LEVELS": c.bit_length() - 1, "EXACT": call.exact, "BACKWARD": backward, "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
+        **call.tensors("q", "k", "g", "beta"), **call.gate(), **call.strength(), **done._asdict(), **call.pick("H", "G", "K"),
+        "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale, "T": call.inputs.q.shape[1], "BK": bk,
+        "BC": tile(call.config(kda_chunk_fwd_prepare_kernel).block_k, bk), "EXACT": call.exact,
+        "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     call.start(kda_chunk_fwd_prepare_kernel, call.schedule.num_chunks * call.sizes["G"], arguments)
     return done
@@ -265,82 +245,9 @@ def _value_programs(call: Call, bv: int) -> int:
     return call.inputs.num_sequences * call.sizes["G"] * -(-call.sizes["V"] // bv)
 
 
-def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> dict[str, Tensor]:
-    """Return the gradients of ``<do, o> + <dfinal_state, final_state>`` by argument name, in the dtype of each argument.
-
-    Nothing of the forward pass is kept but its inputs: preparing the chunks again costs less than reading what would be stored.
-    """
-    call = Call.of(inputs, BACKWARD_CHUNK)
-    x, sizes, c = call.inputs, call.sizes, call.schedule.chunk_len
-    done = prepare(call, backward=True)
-    states, dstates = (call.per_chunk(sizes["K"], sizes["V"]) for _ in range(2))
-    errors, pulled = (call.per_chunk(c, sizes["V"]) for _ in range(2))
-    bv = tile(call.config(kda_chunk_bwd_states_kernel).block_v, sizes["V"])
-    arguments = {**call.walk(done), "solve": done.solve, "states": states, "errors": errors, "BV": bv}
-    call.start(kda_chunk_bwd_states_kernel, _value_programs(call, bv), arguments)
-
-    found = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=call.device) for name, tensor in x.tensors().items()
-    }
-    tables = {"cu_seqlens": call.schedule.cu_seqlens, "T": x.q.shape[1], "BT": c, "EXACT": call.exact}
-    cotangent = {"do": do, **strides("o", "bthv", do), "HAS_DO": do is not None}
-    bv = tile(call.config(kda_chunk_bwd_walk_kernel).block_v, sizes["V"])
-    dinitial = found.get("initial_state")
-    arguments = {
-        **done._asdict(), **call.pick("G", "K", "V"), **tables, **cotangent, "chunk_offsets": call.schedule.chunk_offsets,
-        "dfinal_state": dfinal_state, **call.state_strides("f", dfinal_state), "HAS_DFINAL": dfinal_state is not None,
-        "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
-        "dv": found["v"], "dstates": dstates, "pulled": pulled, "BK": padded(sizes["K"]), "BV": bv,
-    }  # fmt: skip
-    del arguments["solve"]
-    call.start(kda_chunk_bwd_walk_kernel, _value_programs(call, bv), arguments)
-
-    del tables["cu_seqlens"]
-    tables["chunk_table"] = call.schedule.chunk_table
-    dscores = call.per_chunk(2, c, c)
-    arguments = {
-        **call.tensors("beta"), **call.strength(), **tables, **cotangent, **call.pick("G", "V"), "tokens": done.tokens, "errors": errors,
-        "pulled": pulled, "dscores": dscores, "dbeta": found["beta"], "scale": x.effective_scale,
-        "BV": tile(call.config(kda_chunk_bwd_pairs_kernel).block_v, sizes["V"]),
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_pairs_kernel, call.schedule.num_chunks * sizes["G"], arguments)
-    _channels(call, found, {**tables, **cotangent, "tokens": done.tokens, "states": states, "dstates": dstates, "errors": errors,
-                            "pulled": pulled, "dscores": dscores})  # fmt: skip
-    return found
-
-
-def _channels(call: Call, found: dict[str, Tensor], arguments: dict[str, Any]) -> None:
-    """Fill in the gradients of q, k, the gate and its parameters."""
-    x, sizes, config = call.inputs, call.sizes, call.config(kda_chunk_bwd_channels_kernel)
-    bk = tile(config.block_k, sizes["K"])
-    tiles = -(-sizes["K"] // bk)
-    to_heads = x.use_qk_l2norm_in_kernel or sizes["H"] != sizes["G"]
-    dq, dk = (call.new(*x.g.shape) for _ in range(2)) if to_heads else (found["q"], found["k"])
-    slope_parts, bias_parts = call.per_chunk(tiles), call.per_chunk(sizes["K"])
-    arguments |= {
-        **call.tensors("q", "k", "g"), **call.gate(), **sizes, "dq": dq, "dk": dk, "dg": found["g"],
-        "dA_parts": slope_parts, "dbias_parts": bias_parts, "scale": x.effective_scale, "BK": bk, "BV": tile(config.block_v, sizes["V"]),
-        "LEVELS": arguments["BT"].bit_length() - 1, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_channels_kernel, call.schedule.num_chunks * sizes["G"] * tiles, arguments)
-    if to_heads:
-        num_tokens = x.q.shape[0] * x.q.shape[1]
-        arguments = {
-            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": dq, "dk_G": dk, "dq": found["q"], "dk": found["k"],
-            "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
-            "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-        }  # fmt: skip
-        call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
-    # The second stage of these sums runs in a fixed order too.
-    if "A_log" in found:
-        found["A_log"] = slope_parts.sum((0, 2))
-    if "dt_bias" in found:
-        found["dt_bias"] = bias_parts.sum(0).flatten()
-
-
 def recurrent_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     """Return ``o`` and the final state by the recurrence, in float32 whatever the inputs."""
-    call = Call.of(inputs, FORWARD_CHUNK)
+    call = Call.of(inputs)
     x = call.inputs
     o = torch.empty(x.v.shape, dtype=x.v.dtype, device=call.device)
     final = call.new_state() if x.output_final_state else None

@@ -2,7 +2,7 @@
 
 A file is named after an architecture, ``sm_90.json``; ``default.json`` serves every other one, and ``interpreter.json`` the CPU. It maps
 a kernel's name to a list of rules, the first of which that fits is taken: it fits when the operands of matrix products have at most
-``max_operand_bytes`` bytes, the padded head widths are at most ``max_width`` channels and chunks have at most ``max_tokens``, if said.
+``max_operand_bytes`` bytes and the padded head widths are at most ``max_width`` channels.
 Nothing is tuned while a user waits; ``python -m kda_optimized.tune`` writes a file.
 """
 
@@ -89,26 +89,26 @@ def using(other: Table) -> Iterator[None]:
         _in_place.pop()
 
 
-def config_of(kernel: str, device: torch.device, operand_bytes: int, width: int, tokens: int) -> LaunchConfig:
+def config_of(kernel: str, device: torch.device, operand_bytes: int, width: int) -> LaunchConfig:
     """Return how a kernel is launched on a device."""
     if _in_place:
-        return choose(_in_place[-1][kernel], operand_bytes, width, tokens)
-    return _tabulated(architecture(device), kernel, operand_bytes, width, tokens)
+        return choose(_in_place[-1][kernel], operand_bytes, width)
+    return _tabulated(architecture(device), kernel, operand_bytes, width)
 
 
 @cache
-def _tabulated(name: str, kernel: str, operand_bytes: int, width: int, tokens: int) -> LaunchConfig:
+def _tabulated(name: str, kernel: str, operand_bytes: int, width: int) -> LaunchConfig:
     """Look a rule up; once, since a short call costs the host more than the device."""
-    return choose(table(name)[kernel], operand_bytes, width, tokens)
+    return choose(table(name)[kernel], operand_bytes, width)
 
 
-def fits(rule: dict[str, Any], operand_bytes: int, width: int, tokens: int) -> bool:
+def fits(rule: dict[str, Any], operand_bytes: int, width: int) -> bool:
     """Tell whether a rule is meant for such a call."""
-    sizes = {"max_operand_bytes": operand_bytes, "max_width": width, "max_tokens": tokens}
+    sizes = {"max_operand_bytes": operand_bytes, "max_width": width}
     return all(size <= rule.get(name, size) for name, size in sizes.items())
 
 
-def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int, tokens: int) -> LaunchConfig:
+def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> LaunchConfig:
     """Return the first rule that fits; tiles are no wider than the padded head.
 
     Raises
@@ -117,7 +117,7 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int, tokens: 
         If no rule fits: the table is incomplete.
     """
     for rule in rules:
-        if fits(rule, operand_bytes, width, tokens):
+        if fits(rule, operand_bytes, width):
             others = {
                 name: rule[name]
                 for name in ("block_k", "block_v", "max_registers", "programs", "least_chunks")
@@ -125,7 +125,7 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int, tokens: 
             }
             return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **others)
     message = (
-        f"the launch table must cover operands of {operand_bytes} bytes at width {width} in chunks of {tokens}, got {rules}; "
+        f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; "
         "run python -m kda_optimized.tune"
     )
     raise LookupError(message)

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
     from torch import Tensor
 
-CHUNK_LENGTHS = (64, 32, 16)
-MOST_TILE_BYTES = 256
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
@@ -36,7 +33,8 @@ class Schedule:
     chunk_offsets
         int64 ``[N]``, number of the first chunk of each sequence.
     chunk_table
-        int64 ``[num_chunks, 3]``, batch row of each chunk, its first token there, and the tokens from there to its sequence's end.
+        int64 ``[num_chunks, 5]``, of each chunk the batch row, its first token there, the tokens from there to its sequence's end, the
+        sequence and the chunk's number within it.
     """
 
     chunk_len: int
@@ -66,22 +64,6 @@ class Segments:
     cu_seqlens: Tensor
     chunk_offsets: Tensor
     first_segments: Tensor
-
-
-def chunk_length(chunk_size: int, operand_bytes: int, width: int) -> int:
-    """Return the tokens per chunk: the longest of 16, 32 and 64 that is not above ``chunk_size`` and whose tiles fit on chip.
-
-    Parameters
-    ----------
-    chunk_size
-        What the caller asked for; positive. Below 16 it counts as 16, the smallest side of a matrix product.
-    operand_bytes
-        Bytes of an operand of the matrix products.
-    width
-        The larger of K and V, channels.
-    """
-    longest = max(16, 64 * MOST_TILE_BYTES // max(MOST_TILE_BYTES, operand_bytes * width))
-    return next((length for length in CHUNK_LENGTHS if length <= min(chunk_size, longest)), CHUNK_LENGTHS[-1])
 
 
 def schedule(inputs: KdaInputs, chunk_len: int) -> Schedule:
@@ -128,9 +110,10 @@ def _schedule(offsets: tuple[int, ...], chunk_len: int, row_len: int, device: to
     counts = (cu_seqlens.diff() + chunk_len - 1) // chunk_len
     first = counts.cumsum(0) - counts
     sequence = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-    start = cu_seqlens[sequence] + (torch.arange(sequence.numel()) - first[sequence]) * chunk_len
+    number = torch.arange(sequence.numel()) - first[sequence]
+    start = cu_seqlens[sequence] + number * chunk_len
     row = start // max(row_len, 1)
-    table = torch.stack([row, start - row * row_len, cu_seqlens[sequence + 1] - start], dim=1)
+    table = torch.stack([row, start - row * row_len, cu_seqlens[sequence + 1] - start, sequence, number], dim=1)
     return Schedule(
         chunk_len=chunk_len,
         num_chunks=sequence.numel(),

@@ -1,8 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 """Device functions for matrix products of float32 tiles, in one of two kinds of arithmetic.
 
-``EXACT`` multiplies in float32 (float32 inputs). Otherwise the operands are brought to 16 bits for the tensor cores, in
-whichever of two ways fits:
+``EXACT`` multiplies in float32 (float32 inputs). Otherwise the operands are rounded for the tensor cores, in whichever of three ways fits:
 
 * *scaled*: each row of the left and each column of the right operand is divided by a power of two and rounded to float16,
   whose relative error, ``2^-11``, is an eighth of bfloat16's. The scale of a row is a function of that row alone, so it fits
@@ -10,6 +9,7 @@ whichever of two ways fits:
 * *split*: each operand is the sum of two bfloat16 values, and three products are added; relative error about ``2^-16``. It
   needs no scale at all, so it fits a reduction over the tokens of a chunk, where a scale taken over the tokens would let a
   later token change the rounding of an earlier output, and where what one channel has kept may be far below the others.
+* *tf32*: rounded to nearest, relative error ``2^-12``, with float32's range, which raised rows need.
 
 Scaled rows fill the upper half of float16's range, so that an element loses accuracy only ``2^-28`` below the largest of its row.
 """
@@ -19,32 +19,12 @@ import triton.language as tl
 
 EXPONENT_BITS = tl.constexpr(0x7F800000)
 BITS_OF_LARGEST = tl.constexpr(0x7E800000)
-BITS_OF_ONE = tl.constexpr(0x3F800000)
 BITS_OF_LEAST = tl.constexpr(0x07800000)
 BITS_OF_HEADROOM = tl.constexpr(0x07000000)
 UPPER_BITS = tl.constexpr(-65536)
 HALF_OF_LOWER_BITS = tl.constexpr(0x8000)
 HALF_OF_IGNORED_BITS = tl.constexpr(0x1000)
 BITS_OF_ONE_TWICE = tl.constexpr(0x7F000000)
-
-
-@triton.jit
-def power_of_two(b_x):
-    """Return the largest power of two not above ``x >= 0``, and its inverse; 1 where x is zero or subnormal."""
-    b_e = tl.minimum(b_x.to(tl.int32, bitcast=True) & EXPONENT_BITS, BITS_OF_LARGEST)
-    b_e = tl.where(b_e == 0, BITS_OF_ONE, b_e)
-    return b_e.to(tl.float32, bitcast=True), (-(b_e - BITS_OF_ONE_TWICE)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def unit_rows(b_x, EXACT: tl.constexpr):
-    """Return rows divided by a power of two near their largest element, and those powers; nothing to do if ``EXACT``."""
-    b_s, b_r = power_of_two(tl.max(tl.abs(b_x), axis=1))
-    if EXACT:
-        b_s = tl.zeros_like(b_s) + 1.0
-    else:
-        b_x = b_x * b_r[:, None]
-    return b_x, b_s
 
 
 @triton.jit
@@ -125,44 +105,8 @@ def dot_split(b_ah, b_al, b_bh, b_bl):
 
 
 @triton.jit
-def product_rows(b_a, b_b, EXACT: tl.constexpr):
-    """Return ``a b^T`` of float32 tiles ``[M, R]`` and ``[N, R]``, scaled by rows; for reductions over channels."""
-    if EXACT:
-        b_o = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
-    else:
-        b_ah, b_as = scaled_rows(b_a)
-        b_bh, b_bs = scaled_rows(b_b)
-        b_o = tl.dot(b_ah, tl.trans(b_bh)) * b_as[:, None] * b_bs[None, :]
-    return b_o
-
-
-@triton.jit
-def product_columns(b_a, b_b, EXACT: tl.constexpr):
-    """Return ``a b`` where ``a`` ``[M, R]`` is in the operand dtype already, and ``b`` ``[R, N]`` is float32, scaled by columns."""
-    if EXACT:
-        b_o = tl.dot(b_a, b_b, input_precision="ieee")
-    else:
-        b_bh, b_bs = scaled_columns(b_b)
-        b_o = tl.dot(b_a, b_bh) * b_bs[None, :]
-    return b_o
-
-
-@triton.jit
-def product_planes(p_a, b_b, o_ij, PLANE: tl.constexpr, EXACT: tl.constexpr):
-    """Return ``a b`` where ``a`` lies in memory as written by :func:`store_planes`; ``o_ij`` may transpose it."""
-    b_a = tl.load(p_a + o_ij)
-    if EXACT:
-        b_o = tl.dot(b_a, b_b, input_precision="ieee")
-    else:
-        b_al = tl.load(p_a + PLANE + o_ij)
-        b_bh, b_bl = split(b_b)
-        b_o = dot_split(b_a, b_al, b_bh, b_bl)
-    return b_o
-
-
-@triton.jit
 def store_planes(p_a, b_a, o_ij, PLANE: tl.constexpr, EXACT: tl.constexpr):
-    """Write a float32 tile for :func:`product_planes`: as it is, or split into two planes ``PLANE`` elements apart."""
+    """Write a float32 tile as an operand: as it is, or split into two planes ``PLANE`` elements apart."""
     if EXACT:
         tl.store(p_a + o_ij, b_a)
     else:

@@ -19,7 +19,8 @@ from kda_reference.contract import KdaInputs
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from kda_optimized.chunkwise import chunk_backward, chunk_forward, recurrent_forward
+from kda_optimized.backward import chunk_backward
+from kda_optimized.chunkwise import chunk_forward, recurrent_forward
 from kda_optimized.launch import recorded
 from kda_optimized.launch_config import DEFAULT, Table, architecture, fits, table, using
 
@@ -81,11 +82,10 @@ def milliseconds(kernel: str, inputs: KdaInputs, rules: Table) -> float:
         return math.inf
 
 
-def applicable(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> list[dict[str, Any]]:
-    """Return the rule to tune for a class, then those that serve longer chunks, all narrowed to the class."""
-    matching = [rule for rule in rules if fits(rule, operand_bytes, width, 0)]
-    last = next(i for i, rule in enumerate(matching) if "max_tokens" not in rule)
-    return [rule | {"max_operand_bytes": operand_bytes, "max_width": width} for rule in matching[: last + 1]]
+def applicable(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> dict[str, Any]:
+    """Return the rule to tune for a class, narrowed to it."""
+    rule = next(rule for rule in rules if fits(rule, operand_bytes, width))
+    return rule | {"max_operand_bytes": operand_bytes, "max_width": width}
 
 
 def tuned(name: str) -> Table:
@@ -94,11 +94,11 @@ def tuned(name: str) -> Table:
     for operand_bytes, width in CLASSES:
         inputs = training_call(operand_bytes, width)
         for kernel in found:
-            start, *longer = applicable(table(name)[kernel], operand_bytes, width)
+            start = applicable(table(name)[kernel], operand_bytes, width)
             times = [(milliseconds(kernel, inputs, table(name) | {kernel: [rule]}), rule) for rule in candidates(start)]
             best, rule = min(times, key=lambda entry: entry[0])
             print(f"{kernel} {operand_bytes} bytes width {width}: {best:.4f} ms {rule}", flush=True)  # noqa: T201 - the program's output
-            found[kernel] += [rule, *longer]
+            found[kernel].append(rule)
     return found
 
 

@@ -1,0 +1,228 @@
+"""From a checked call to the launches of the backward: buffers, grids and constants.
+
+Dimension letters: B batch, T tokens, H query/key heads, G value heads (where not said otherwise), K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kda_optimized.backward_channels import kda_chunk_bwd_channels_kernel
+from kda_optimized.backward_heads import kda_chunk_bwd_heads_kernel
+from kda_optimized.backward_pairs import kda_chunk_bwd_pairs_kernel
+from kda_optimized.backward_prepare import kda_chunk_bwd_prepare_kernel
+from kda_optimized.backward_states import kda_chunk_bwd_states_kernel
+from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
+from kda_optimized.chunks import TOKEN_ROWS
+from kda_optimized.chunkwise import CHUNK, Call
+from kda_optimized.launch import strides
+from kda_optimized.launch_config import padded, tile
+from kda_optimized.packing import Schedule, schedule
+
+if TYPE_CHECKING:
+    from kda_reference.contract import KdaInputs
+    from torch import Tensor
+
+SPANS = (64, 32, 16)
+ROWS_PER_PROGRAM = 32
+# Gradients of pairs are written and read back at once: as many spans at a time as a cache holds, and fill a device.
+SCRATCH_BYTES = 2**25
+
+
+class Rows(NamedTuple):
+    """What the first kernel writes that the last reads as well, one entry per chunk and value head; see ``backward_prepare``."""
+
+    q_rows: Tensor
+    k_rows: Tensor
+    rest_rows: Tensor
+    tokens: Tensor
+    decay: Tensor
+
+
+class Scaled(NamedTuple):
+    """A tensor as the walks write it: in the operand dtype, with the scales of each tile of value channels beside it."""
+
+    values: Tensor
+    scales: Tensor
+
+    def arguments(self, name: str, scales: str) -> dict[str, Tensor]:
+        """Return both as kernel arguments."""
+        return {name: self.values, scales: self.scales}
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One backward: a call, its cotangents and what its kernels share.
+
+    Attributes
+    ----------
+    call
+        The checked call.
+    do, dfinal_state
+        Cotangents of the results; ``None`` counts as zero.
+    spans
+        The sequences cut into spans, before each of which the state is kept.
+    """
+
+    call: Call
+    do: Tensor | None
+    dfinal_state: Tensor | None
+    spans: Schedule
+
+    def value_tile(self) -> int:
+        """Return the value channels of a tile, the same in all kernels, since scales belong to tiles."""
+        return tile(self.call.config(kda_chunk_bwd_states_kernel).block_v, self.call.sizes["V"])
+
+    def common(self) -> dict[str, Any]:
+        """Return what most kernels take."""
+        call = self.call
+        return {
+            "T": call.inputs.q.shape[1], "EXACT": call.exact, "BK": padded(call.sizes["K"]),
+            "BV": self.value_tile(), **call.pick("G", "K", "V"),
+        }  # fmt: skip
+
+    def cotangent(self) -> dict[str, Any]:
+        """Return the cotangent of the outputs."""
+        return {"do": self.do, **strides("o", "bthv", self.do), "HAS_DO": self.do is not None}
+
+    def scaled(self, *shape: int, scales: tuple[int, ...]) -> Scaled:
+        """Return uninitialised buffers of values and scales."""
+        return Scaled(self.call.new(*shape, dtype=self.operand()), self.call.new(*scales))
+
+    def operand(self) -> torch.dtype:
+        """Return the dtype of scaled operands."""
+        return torch.float32 if self.call.exact else torch.float16
+
+    def state(self) -> Scaled:
+        """Return a buffer for a state before or after every span, ``[spans, G, V, BK]``."""
+        sizes, width, tiles = self.call.sizes, padded(self.call.sizes["K"]), self._tiles()
+        heads = (self.spans.num_chunks, sizes["G"])
+        return self.scaled(*heads, sizes["V"], width, scales=(*heads, tiles, width))
+
+    def rows(self) -> Scaled:
+        """Return a buffer for value channels token by token, ``[B T, G, V]``."""
+        sizes, x = self.call.sizes, self.call.inputs
+        heads = (x.q.shape[0] * x.q.shape[1], sizes["G"])
+        return self.scaled(*heads, sizes["V"], scales=(*heads, self._tiles()))
+
+    def _tiles(self) -> int:
+        return -(-self.call.sizes["V"] // self.value_tile())
+
+
+def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> dict[str, Tensor]:
+    """Return the gradients of ``<do, o> + <dfinal_state, final_state>`` by argument name, in the dtype of each argument.
+
+    Nothing of the forward pass is kept but its inputs: preparing the chunks again costs less than reading what would be stored.
+    """
+    call = Call.of(inputs)
+    length = next(length for length in SPANS if length <= max(CHUNK, inputs.chunk_size))
+    run = Backward(call, do, dfinal_state, schedule(inputs, length))
+    found: dict[str, Tensor] = {}
+    rows, states, dstates, errors, pulled = _walk(run, found)
+    # Only now, when what the walks alone read is free again.
+    for name, tensor in call.inputs.tensors().items():
+        if name not in found:
+            found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=call.device)
+    _gradients(run, found, rows, states, dstates, errors, pulled)
+    return found
+
+
+def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Scaled, Scaled, Scaled, Scaled]:
+    """Prepare the chunks and walk along them in both directions; fill in the gradients of v and of the initial state."""
+    call, x, sizes = run.call, run.call.inputs, run.call.sizes
+    width, planes = padded(sizes["K"]), 1 if call.exact else 2
+    plane = torch.float32 if call.exact else torch.bfloat16
+    q_rows, k_rows, rest_rows, pull_rows = (call.per_chunk(CHUNK, width, dtype=run.operand()) for _ in range(4))
+    mix, solve = (call.per_chunk(planes, CHUNK, CHUNK, dtype=plane) for _ in range(2))
+    rows = Rows(
+        q_rows, k_rows, rest_rows, tokens=call.per_chunk(TOKEN_ROWS.value, CHUNK), decay=call.per_chunk(2, width)
+    )
+    common = run.common()
+    arguments = {
+        **call.tensors("q", "k", "g", "beta"), **call.gate(), **call.strength(), **rows._asdict(), **call.pick("H", "G", "K"),
+        **{name: common[name] for name in ("T", "EXACT", "BK")}, "BC": tile(call.config(kda_chunk_bwd_prepare_kernel).block_k, width),
+        "pull_rows": pull_rows, "mix": mix, "solve": solve,
+        "chunk_table": call.schedule.chunk_table, "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+    }  # fmt: skip
+    call.start(kda_chunk_bwd_prepare_kernel, call.schedule.num_chunks * sizes["G"], arguments)
+
+    programs = x.num_sequences * sizes["G"] * -(-sizes["V"] // run.value_tile())
+    states, dstates, errors, pulled = run.state(), run.state(), run.rows(), run.rows()
+    shared = {
+        **common, "cu_seqlens": call.schedule.cu_seqlens,
+        "k_rows": k_rows, "pull_rows": pull_rows, "tokens": rows.tokens, "decay": rows.decay,
+        "chunk_offsets": call.schedule.chunk_offsets, "span_offsets": run.spans.chunk_offsets, "SPAN": run.spans.chunk_len // CHUNK,
+    }  # fmt: skip
+    arguments = {
+        **shared, **call.tensors("v"), "solve": solve, **states.arguments("states", "state_scales"),
+        **errors.arguments("errors", "error_scales"), "initial_state": x.initial_state,
+        **call.state_strides("i", x.initial_state), "HAS_INITIAL": x.initial_state is not None,
+    }  # fmt: skip
+    call.start(kda_chunk_bwd_states_kernel, programs, arguments)
+
+    found["v"] = torch.empty(x.v.shape, dtype=x.v.dtype, device=call.device)
+    if x.initial_state is not None:
+        found["initial_state"] = call.new_state()
+    dinitial = found.get("initial_state")
+    arguments = {
+        **shared, **run.cotangent(), "q_rows": q_rows, "mix": mix, "dv": found["v"],
+        "dfinal_state": run.dfinal_state, **call.state_strides("f", run.dfinal_state), "HAS_DFINAL": run.dfinal_state is not None,
+        "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
+        **dstates.arguments("dstates", "dstate_scales"), **pulled.arguments("pulled", "pulled_scales"),
+    }  # fmt: skip
+    call.start(kda_chunk_bwd_walk_kernel, programs, arguments)
+    return rows, states, dstates, errors, pulled
+
+
+def _gradients(
+    run: Backward,
+    found: dict[str, Tensor],
+    rows: Rows,
+    states: Scaled,
+    dstates: Scaled,
+    errors: Scaled,
+    pulled: Scaled,
+) -> None:
+    """Fill in the gradients of q, k, beta, the gate and its parameters, some spans at a time."""
+    call, x, sizes, spans = run.call, run.call.inputs, run.call.sizes, run.spans
+    shared_heads = sizes["H"] != sizes["G"]
+    dq, dk = (call.new(*x.g.shape) for _ in range(2)) if shared_heads else (found["q"], found["k"])
+    at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (8 * sizes["G"] * spans.chunk_len**2)))
+    dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len)
+    slope_parts = call.new(spans.num_chunks, sizes["G"])
+    bias_parts = call.new(spans.num_chunks, sizes["G"], sizes["K"])
+    shared = {
+        **run.common(), **run.cotangent(), **errors.arguments("errors", "error_scales"), **pulled.arguments("pulled", "pulled_scales"),
+        "dscores": dscores, "span_table": spans.chunk_table, "BT": spans.chunk_len,
+    }  # fmt: skip
+    pairs = {
+        **{name: value for name, value in shared.items() if name not in ("BK", "K")},
+        **call.tensors("beta"), **call.strength(), "dbeta": found["beta"],
+    }  # fmt: skip
+    channels = {
+        **shared, **rows._asdict(), **call.tensors("q", "k", "g"), **call.gate(), **states.arguments("states", "state_scales"),
+        **dstates.arguments("dstates", "dstate_scales"), **call.pick("H"), "dq": dq, "dk": dk, "dg": found["g"],
+        "dA_parts": slope_parts, "dbias_parts": bias_parts, "chunk_offsets": call.schedule.chunk_offsets,
+        "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+        "PULL_NORM": x.use_qk_l2norm_in_kernel and not shared_heads,
+    }  # fmt: skip
+    for first in range(0, spans.num_chunks, at_once):
+        programs = min(at_once, spans.num_chunks - first) * sizes["G"]
+        call.start(kda_chunk_bwd_pairs_kernel, programs, {**pairs, "first_span": first})
+        call.start(kda_chunk_bwd_channels_kernel, programs, {**channels, "first_span": first})
+    if shared_heads:
+        num_tokens = x.q.shape[0] * x.q.shape[1]
+        arguments = {
+            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": dq, "dk_G": dk, "dq": found["q"], "dk": found["k"],
+            "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
+            "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+        }  # fmt: skip
+        call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
+    # The second stage of these sums runs in a fixed order too.
+    if "A_log" in found:
+        found["A_log"] = slope_parts.sum(0)
+    if "dt_bias" in found:
+        found["dt_bias"] = bias_parts.sum(0).flatten()

@@ -1,0 +1,96 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""Device functions on a strip of 16 tokens held with its channels first, ``[W, BC, 16]``: slabs of BC channels, one to a warp.
+
+In the last chunkwise kernel everything is a sum over tokens or over value channels, none over key channels. With channels first, a
+strip is the left operand of all sums over its tokens, and results of products are laid out as left operands are: nothing leaves
+the registers of a warp but matrices of pairs ``[16, 16]``, which all slabs share.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_optimized.products import scaled_columns, split
+
+STRIP = tl.constexpr(16)
+
+
+@triton.jit
+def load_channels(p_x, i_b, i_h, t_0, o_t, o_k, m_x, stride_b, stride_t, stride_h, stride_c):
+    """Load ``[W, BC, 16]`` of a ``[B, T, heads, channels]`` tensor in float32, zero off the mask."""
+    p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
+    o_x = (t_0 + o_t)[None, None, :] * stride_t + o_k.to(tl.int64)[:, :, None] * stride_c
+    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def slab_product(b_a, b_b):
+    """Return ``a b`` for ``a`` ``[W, BC, R]`` and ``b`` ``[R, 16]``, both in the operand dtype."""
+    b_b = tl.broadcast_to(b_b[None, :, :], (b_a.shape[0], b_b.shape[0], b_b.shape[1]))
+    return tl.dot(b_a, b_b, input_precision="ieee")
+
+
+@triton.jit
+def add_pairs(b_o, b_a, b_b, EXACT: tl.constexpr):
+    """Return ``o + a b`` for float32 tiles ``a`` ``[W, BC, 16]`` and ``b`` ``[16, 16]``, split."""
+    if EXACT:
+        b_b = tl.broadcast_to(b_b[None, :, :], (b_a.shape[0], STRIP, STRIP))
+        b_o = tl.dot(b_a, b_b, b_o, input_precision="ieee")
+    else:
+        b_ah, b_al = split(b_a)
+        b_bh, b_bl = split(b_b)
+        b_bh = tl.broadcast_to(b_bh[None, :, :], (b_a.shape[0], STRIP, STRIP))
+        b_bl = tl.broadcast_to(b_bl[None, :, :], (b_a.shape[0], STRIP, STRIP))
+        b_o = tl.dot(b_al, b_bh, b_o)
+        b_o = tl.dot(b_ah, b_bl, b_o)
+        b_o = tl.dot(b_ah, b_bh, b_o)
+    return b_o
+
+
+@triton.jit
+def across_strips(b_rows, b_s, b_p, EXACT: tl.constexpr):
+    """Return ``rows p`` for decayed rows of another strip ``[W, BC, 16]`` with the scales of its tokens, and gradients of pairs ``p``."""
+    b_p = b_p * b_s[:, None]
+    if EXACT:
+        b_o = slab_product(b_rows, b_p)
+    else:
+        b_h, b_r = scaled_columns(b_p)
+        b_o = slab_product(b_rows, b_h) * b_r[None, None, :]
+    return b_o
+
+
+@triton.jit
+def add_tokens(b_o, b_x, m_tt, EXACT: tl.constexpr):
+    """Return ``o`` and, for each column of the mask ``[16, 16]``, the sum of the tokens of ``x`` ``[W, BC, 16]`` that it selects."""
+    b_m = tl.broadcast_to(tl.where(m_tt, 1.0, 0.0)[None, :, :], (b_x.shape[0], STRIP, STRIP))
+    if EXACT:
+        b_o = tl.dot(b_x, b_m, b_o, input_precision="ieee")
+    else:
+        b_h, b_l = split(b_x)
+        b_m = b_m.to(tl.bfloat16)
+        b_o = tl.dot(b_h, b_m, tl.dot(b_l, b_m, b_o))
+    return b_o
+
+
+@triton.jit
+def decays(b_g, m_tt, EXACT: tl.constexpr):
+    """Return for each column of the mask the decay of the tokens that it selects, from log decays in bits."""
+    return tl.exp2(add_tokens(tl.zeros_like(b_g), b_g, m_tt, EXACT))
+
+
+@triton.jit
+def decays_through(i_l, o_i, o_s):
+    """Return whether token i's factor at level ``i_l`` decays through token s; see :func:`kda_optimized.chunks.tokens_between`."""
+    return ((o_i >> i_l) == (o_s >> i_l)) & ((((o_i >> i_l) & 1) == 1) == (o_i >= o_s))
+
+
+@triton.jit
+def later_half(i_l, o_i, o_j):
+    """Return whether tokens i and j are a pair of level ``i_l``, i the later; see :func:`kda_optimized.chunks.level_mask`."""
+    return ((o_i >> i_l) == (o_j >> i_l) + 1) & (((o_i >> i_l) & 1) == 1)
+
+
+@triton.jit
+def unit_pullback(b_dy, b_y, b_r):
+    """Return the gradient of x from that of ``y = r x``, with r its inverse norm ``[16]``."""
+    b_c = tl.sum(tl.sum(b_y * b_dy, axis=1), axis=0)
+    return b_r[None, None, :] * (b_dy - b_y * b_c[None, None, :])
