@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 16
-LEAST_PIECES = 4
+LEAST_PIECES = 6
 
 
 class Prepared(NamedTuple):
@@ -85,7 +85,7 @@ class Call:
         programs = _value_programs(self, tile(config.block_v, self.sizes["V"]))
         pieces = config.programs // max(programs, 1)
         longest = -(-max(end - start for start, end in pairwise(offsets)) // self.schedule.chunk_len)
-        # A cut sequence is walked three times, so fewer pieces than four would not pay.
+        # A cut sequence is walked three times, and its first two walks only start the third: few pieces do not pay.
         if pieces < LEAST_PIECES or longest < LEAST_PIECES * config.least_chunks:
             return None
         most_chunks = max(-(-longest // pieces), config.least_chunks)
