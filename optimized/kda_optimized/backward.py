@@ -192,8 +192,7 @@ def _gradients(
     dq, dk = (call.new(*x.g.shape) for _ in range(2)) if shared_heads else (found["q"], found["k"])
     at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (8 * sizes["G"] * spans.chunk_len**2)))
     dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len)
-    slope_parts = call.new(spans.num_chunks, sizes["G"])
-    bias_parts = call.new(spans.num_chunks, sizes["G"], sizes["K"])
+    slope_parts, bias_parts = call.per_chunk(), call.per_chunk(sizes["K"])
     shared = {
         **run.common(), **run.cotangent(), **errors.arguments("errors", "error_scales"), **pulled.arguments("pulled", "pulled_scales"),
         "dscores": dscores, "span_table": spans.chunk_table, "BT": spans.chunk_len,

@@ -32,6 +32,7 @@ from kda_optimized.backward_tiles import (
     load_channels,
     slab_product,
     unit_pullback,
+    zero_product,
 )
 from kda_optimized.chunks import (
     BETA,
@@ -84,6 +85,11 @@ def kda_chunk_bwd_channels_kernel(
     o_k = tl.arange(0, W)[:, None] * BC + tl.arange(0, BC)[None, :]  # [W, BC]
     o_x = o_t[None, None, :] * BK + o_k[:, :, None]  # [W, BC, 16]
     m_k = o_k < K
+    m_before = o_t[:, None] > o_t[None, :]  # of each row, tokens before it, and so on
+    m_until = o_t[:, None] >= o_t[None, :]
+    m_from = o_t[:, None] <= o_t[None, :]
+    m_after = o_t[:, None] < o_t[None, :]
+    b_none = zero_product(W, EXACT)
     p_state = states + i_sg * (V * BK)
     p_state_scale = state_scales + i_sg * (NV * BK)
     p_dstate = dstates + i_sg * (V * BK)
@@ -127,8 +133,6 @@ def kda_chunk_bwd_channels_kernel(
     b_through += (tl.sum(b_SdS, axis=2) * b_F)[None, :, :]
 
     b_end = tl.zeros((W, BC), dtype=tl.float32) + 1.0
-    b_dA = tl.zeros((W, BC), dtype=tl.float32)
-    b_dbias = tl.zeros((W, BC), dtype=tl.float32)
     for i_r in range(n_s):
         i_a = n_s - 1 - i_r
         i_cg = (c_0 + i_a) * G + i_g
@@ -163,7 +167,7 @@ def kda_chunk_bwd_channels_kernel(
         b_g = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
         b_g = log2_decay(b_g + b_bias[:, :, None], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
         b_g = tl.where(m_x, b_g, 0.0)
-        b_dkr *= decays(b_g, o_t[:, None] > o_t[None, :], EXACT)
+        b_dkr *= decays(b_g, m_after, b_none, EXACT)
 
         # Read from S, and from earlier strips, nearest first.
         b_dq = tl.zeros((W, BC, STRIP), dtype=tl.float32)
@@ -189,7 +193,7 @@ def kda_chunk_bwd_channels_kernel(
         if USE_L2NORM:
             b_q *= tl.load(p_token + Q_NORM * STRIP)[None, None, :]
             b_k *= tl.load(p_token + K_NORM * STRIP)[None, None, :]
-        b_D = decays(b_g, o_t[:, None] <= o_t[None, :], EXACT)
+        b_D = decays(b_g, m_until, b_none, EXACT)
         b_y = tl.sum(b_D * (b_q * b_dq + b_k * b_dk), axis=2)
         b_through += tl.where(o_n < i_a, b_y[None, :, :], 0.0)
         b_F = tl.zeros((W, BC), dtype=tl.float32) + 1.0
@@ -210,8 +214,8 @@ def kda_chunk_bwd_channels_kernel(
         b_dq *= b_D
         b_dk *= b_D
         b_dg = tl.zeros_like(b_dq) + tl.sum(tl.where(o_n == i_a, b_through, 0.0), axis=0)[:, :, None]
-        b_dg = add_tokens(b_dg, b_q * b_dq + b_k * b_dk, o_t[:, None] >= o_t[None, :], EXACT)
-        b_dg = add_tokens(b_dg, b_k * b_dkr, o_t[:, None] < o_t[None, :], EXACT)
+        b_dg = add_tokens(b_dg, b_q * b_dq + b_k * b_dk, m_from, b_none, EXACT)
+        b_dg = add_tokens(b_dg, b_k * b_dkr, m_before, b_none, EXACT)
         b_dk += b_dkr
 
         # From the strip itself.
@@ -219,24 +223,23 @@ def kda_chunk_bwd_channels_kernel(
         b_diagonal = (tl.load(p_tt + o_t * (BT + 1)) * scale)[None, None, :]
         b_dq += b_diagonal * b_k
         b_dk += b_diagonal * b_q
-        b_dP = tl.load(p_tt + o_earlier) * scale
-        b_dPT = tl.load(p_tt + o_later) * scale
-        b_dL = tl.load(p_tt + BT * BT + o_earlier)
-        b_dLT = tl.load(p_tt + BT * BT + o_later)
+        b_dP = tl.load(p_tt + o_earlier)[None, :, :] * scale + b_none
+        b_dPT = tl.load(p_tt + o_later)[None, :, :] * scale + b_none
+        b_dL = tl.load(p_tt + BT * BT + tl.where(m_before, o_earlier, o_later))[None, :, :] + b_none
         b_zero = tl.zeros((W, BC, STRIP), dtype=tl.float32)
         for i_l in range(LEVELS):
-            m_later = later_half(i_l, o_t[:, None], o_t[None, :])
-            m_earlier = later_half(i_l, o_t[None, :], o_t[:, None])
-            b_E = decays(b_g, decays_through(i_l, o_t[None, :], o_t[:, None]), EXACT)
+            m_later = later_half(i_l, o_t[:, None], o_t[None, :])[None, :, :]
+            m_earlier = later_half(i_l, o_t[None, :], o_t[:, None])[None, :, :]
+            b_E = decays(b_g, decays_through(i_l, o_t[:, None], o_t[None, :]), b_none, EXACT)
             b_kE = b_k * b_E
-            b_yq = b_E * add_pairs(b_zero, b_kE, tl.where(m_earlier, b_dPT, 0.0), EXACT)
+            b_yq = b_E * add_pairs(b_zero, b_kE, tl.where(m_later, b_dP, 0.0), EXACT)
             # A token of this level reads, or is read, and never both, so one product serves the keys.
-            b_yk = add_pairs(b_zero, b_kE, tl.where(m_later, b_dL, tl.where(m_earlier, b_dLT, 0.0)), EXACT)
-            b_yk = b_E * add_pairs(b_yk, b_q * b_E, tl.where(m_later, b_dP, 0.0), EXACT)
+            b_yk = add_pairs(b_zero, b_kE, tl.where(m_later | m_earlier, b_dL, 0.0), EXACT)
+            b_yk = b_E * add_pairs(b_yk, b_q * b_E, tl.where(m_earlier, b_dPT, 0.0), EXACT)
             b_dq += b_yq
             b_dk += b_yk
-            m_tt = decays_through(i_l, o_t[:, None], o_t[None, :])
-            b_dg = add_tokens(b_dg, b_q * b_yq + b_k * b_yk, m_tt, EXACT)
+            m_tt = decays_through(i_l, o_t[None, :], o_t[:, None])
+            b_dg = add_tokens(b_dg, b_q * b_yq + b_k * b_yk, m_tt, b_none, EXACT)
 
         if PULL_NORM:
             b_dq = unit_pullback(b_dq, b_q, tl.load(p_token + Q_NORM * STRIP))
@@ -249,12 +252,10 @@ def kda_chunk_bwd_channels_kernel(
             b_x = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
             b_x += b_bias[:, :, None]
             b_dg, b_yk = log_decay_pullback(tl.where(m_x, b_dg, 0.0), b_x, b_A, b_slope, lower_bound, BOUNDED)
-            b_dA += tl.sum(b_yk, axis=2)
-            b_dbias += tl.sum(b_dg, axis=2)
+            if HAS_A_LOG:
+                tl.store(dA_parts + i_cg, tl.sum(tl.sum(tl.sum(b_yk, axis=2), axis=1), axis=0))
+            if HAS_DT_BIAS:
+                tl.store(dbias_parts + i_cg * K + o_k, tl.sum(b_dg, axis=2), mask=m_k)
         tl.store(dg + o_y, b_dg, mask=m_x)
         p_decay = decay + i_cg * (2 * BK) + o_k
         b_end *= tl.load(p_decay) * tl.load(p_decay + BK)
-    if HAS_A_LOG:
-        tl.store(dA_parts + i_sg, tl.sum(tl.sum(b_dA, axis=1), axis=0))
-    if HAS_DT_BIAS:
-        tl.store(dbias_parts + i_sg * K + o_k, b_dbias, mask=m_k)

@@ -30,19 +30,29 @@ def slab_product(b_a, b_b):
 
 
 @triton.jit
-def add_pairs(b_o, b_a, b_b, EXACT: tl.constexpr):
-    """Return ``o + a b`` for float32 tiles ``a`` ``[W, BC, 16]`` and ``b`` ``[16, 16]``, split."""
+def zero_product(W: tl.constexpr, EXACT: tl.constexpr):
+    """Return zeros ``[W, 16, 16]`` laid out in registers as a product's result is.
+
+    What is made from them takes over that layout, and the transpose of that is the layout of a right operand.
+    """
+    b_o = tl.zeros((W, STRIP, STRIP), dtype=tl.float32)
+    if not EXACT:
+        b_o = b_o.to(tl.bfloat16)
+    return tl.dot(b_o, b_o, input_precision="ieee")
+
+
+@triton.jit
+def add_pairs(b_o, b_a, b_x, EXACT: tl.constexpr):
+    """Return ``o + a x^T`` for float32 tiles ``a`` ``[W, BC, 16]`` and ``x`` ``[W, 16, 16]``, split."""
     if EXACT:
-        b_b = tl.broadcast_to(b_b[None, :, :], (b_a.shape[0], STRIP, STRIP))
-        b_o = tl.dot(b_a, b_b, b_o, input_precision="ieee")
+        b_o = tl.dot(b_a, tl.permute(b_x, (0, 2, 1)), b_o, input_precision="ieee")
     else:
         b_ah, b_al = split(b_a)
-        b_bh, b_bl = split(b_b)
-        b_bh = tl.broadcast_to(b_bh[None, :, :], (b_a.shape[0], STRIP, STRIP))
-        b_bl = tl.broadcast_to(b_bl[None, :, :], (b_a.shape[0], STRIP, STRIP))
-        b_o = tl.dot(b_al, b_bh, b_o)
-        b_o = tl.dot(b_ah, b_bl, b_o)
-        b_o = tl.dot(b_ah, b_bh, b_o)
+        b_xh, b_xl = split(b_x)
+        b_xh = tl.permute(b_xh, (0, 2, 1))
+        b_o = tl.dot(b_al, b_xh, b_o)
+        b_o = tl.dot(b_ah, tl.permute(b_xl, (0, 2, 1)), b_o)
+        b_o = tl.dot(b_ah, b_xh, b_o)
     return b_o
 
 
@@ -59,22 +69,25 @@ def across_strips(b_rows, b_s, b_p, EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_tokens(b_o, b_x, m_tt, EXACT: tl.constexpr):
-    """Return ``o`` and, for each column of the mask ``[16, 16]``, the sum of the tokens of ``x`` ``[W, BC, 16]`` that it selects."""
-    b_m = tl.broadcast_to(tl.where(m_tt, 1.0, 0.0)[None, :, :], (b_x.shape[0], STRIP, STRIP))
+def add_tokens(b_o, b_x, m_tt, b_none, EXACT: tl.constexpr):
+    """Return ``o`` and, for each row of the mask ``[16, 16]``, the sum of the tokens of ``x`` ``[W, BC, 16]`` that it selects.
+
+    ``b_none`` is :func:`zero_product`.
+    """
+    b_m = tl.where(m_tt[None, :, :], 1.0, b_none)
     if EXACT:
-        b_o = tl.dot(b_x, b_m, b_o, input_precision="ieee")
+        b_o = tl.dot(b_x, tl.permute(b_m, (0, 2, 1)), b_o, input_precision="ieee")
     else:
         b_h, b_l = split(b_x)
-        b_m = b_m.to(tl.bfloat16)
+        b_m = tl.permute(b_m.to(tl.bfloat16), (0, 2, 1))
         b_o = tl.dot(b_h, b_m, tl.dot(b_l, b_m, b_o))
     return b_o
 
 
 @triton.jit
-def decays(b_g, m_tt, EXACT: tl.constexpr):
-    """Return for each column of the mask the decay of the tokens that it selects, from log decays in bits."""
-    return tl.exp2(add_tokens(tl.zeros_like(b_g), b_g, m_tt, EXACT))
+def decays(b_g, m_tt, b_none, EXACT: tl.constexpr):
+    """Return for each row of the mask the decay of the tokens that it selects, from log decays in bits."""
+    return tl.exp2(add_tokens(tl.zeros_like(b_g), b_g, m_tt, b_none, EXACT))
 
 
 @triton.jit
