@@ -27,7 +27,7 @@ def in_pieces(programs: int) -> Table:
 def whole_and_packed(calls: Calls, dtype: torch.dtype) -> list[tuple[KdaInputs, int]]:
     """Return calls with and without packing, states and empty sequences, and how many programs to ask for."""
     whole = calls(dtype=dtype, T=150, V=24, initial_state=calls.normal(1, 1, 16, 24), output_final_state=True)
-    offsets = torch.tensor([0, 1, 1, 70, 150], device=DEVICE)
+    offsets = torch.tensor([0, 1, 1, 50, 150], device=DEVICE)
     return [(whole, 14), (whole.replace(cu_seqlens=offsets, initial_state=None), 40)]
 
 
