@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kda_conformance.rounding import Rounder
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kda_conformance.rounding import Exact, Rounder
+    from kda_conformance.rounding import Exact
 
 L2_EPSILON = 1e-6
 LINEAR_FROM = 30.0
@@ -25,7 +27,7 @@ def normalise(x: Tensor, rounder: Rounder | Exact) -> Tensor:
 
 
 def sigmoid(x: Tensor, rounder: Rounder | Exact) -> Tensor:
-    """Return the logistic function; its derivative is formed from the rounded value."""
+    """Return the logistic function; its derivative is formed from the rounded value in every second member, from ``x`` in the others."""
     return _Sigmoid.apply(x, rounder)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -59,11 +61,15 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounder: Rounder | Exact) -> Tensor:  # noqa: ANN401
         y = rounder.raw(torch.sigmoid(x), "fp32")
-        ctx.save_for_backward(y)
+        complement = torch.sigmoid(-x)
+        if isinstance(rounder, Rounder):
+            # Where y is 1 after rounding, 1 - y loses the cotangent and its errors, and the other form keeps both.
+            complement[1::2] = 1 - y[1::2]
+        ctx.save_for_backward(y * complement)
         ctx.rounder = rounder
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        (y,) = ctx.saved_tensors
-        return ctx.rounder.raw(grad * y * (1 - y), "fp32"), None
+        (slope,) = ctx.saved_tensors
+        return ctx.rounder.raw(grad * slope, "fp32"), None

@@ -181,10 +181,12 @@ def _standing(run: Run, name: str) -> Standing:
 
 
 def _status(run: Run, counts: Counter[str]) -> tuple[str, str]:
-    broken = list(dict.fromkeys(verdict.law for verdict in run.verdicts if verdict.outcome in BROKEN))
+    failed, erred = (
+        list(dict.fromkeys(verdict.law for verdict in run.verdicts if verdict.outcome == outcome)) for outcome in BROKEN
+    )
     num_laws = len({verdict.law for verdict in run.verdicts if verdict.outcome in JUDGED})
-    if broken:
-        return "fail", _failure(run, broken, num_laws)
+    if failed or erred:
+        return "fail", _failure(run, failed, [law for law in erred if law not in failed], num_laws)
     if run.finish is None:
         return "incomplete", f"The run stopped after {_count(len(run.verdicts), 'test')}. Nothing is concluded."
     lost = [outcome for outcome, number in run.finish.counts.items() if counts[outcome] != number]
@@ -206,12 +208,17 @@ def _status(run: Run, counts: Counter[str]) -> tuple[str, str]:
     return "pass", f"Obeys {laws} to its claims{declared}. {_closest(run)}"
 
 
-def _failure(run: Run, broken: Sequence[str], num_laws: int) -> str:
-    named = broken
-    if len(broken) > NUM_NAMED + 1:
-        named = [*broken[:NUM_NAMED], f"{len(broken) - NUM_NAMED} more"]
+def _failure(run: Run, failed: Sequence[str], erred: Sequence[str], num_laws: int) -> str:
+    broken = f"Breaks {len(failed)} of {_count(num_laws, 'law')}: {_few(failed)}." if failed else "Breaks no law."
+    ended = f" {_count(len(erred), 'law')} ended in an error, which is no verdict: {_few(erred)}." if erred else ""
     rest = "" if run.finish else " The run did not finish, so there may be more."
-    return f"Breaks {len(broken)} of {_count(num_laws, 'law')}: {_listed(named)}. {_closest(run)}{rest}"
+    return f"{broken}{ended} {_closest(run)}{rest}"
+
+
+def _few(laws: Sequence[str]) -> str:
+    if len(laws) > NUM_NAMED + 1:
+        laws = [*laws[:NUM_NAMED], f"{len(laws) - NUM_NAMED} more"]
+    return _listed(laws)
 
 
 def _closest(run: Run) -> str:
@@ -236,15 +243,19 @@ def _headline(standings: Sequence[Standing]) -> str:
         who = standings[0].name if total == 1 else f"All {total} implementations"
         return f"{who} {_verb(total, 'obey')} every law judged."
     parts = []
-    if failing := [standing.name for standing in standings if standing.status == "fail"]:
-        parts.append(f"{_listed(failing)} {_verb(len(failing), 'break')} at least one law")
+    failing = [standing for standing in standings if standing.status == "fail"]
+    # An error alone, such as a truth too uncertain to judge with, accuses nobody.
+    if erring := [standing.name for standing in failing if standing.counts["error"] and not standing.counts["fail"]]:
+        parts.append(f"at least one law ended in an error for {_listed(erring)}")
+    if breaking := [standing.name for standing in failing if standing.name not in erring]:
+        parts.insert(0, f"{_listed(breaking)} {_verb(len(breaking), 'break')} at least one law")
     if number["pass"]:
         parts.append(f"{number['pass']} of {total} {_verb(number['pass'], 'obey')} every law judged")
     if undecided := [standing.name for standing in standings if not standing.is_decided]:
         parts.append(f"nothing is concluded about {_listed(undecided)}")
     sentence = "; ".join(parts) + "."
     # A sentence may begin with the name of an implementation, which is left as it is.
-    return "N" + sentence[1:] if len(parts) == 1 and undecided else sentence
+    return sentence if breaking else sentence[0].upper() + sentence[1:]
 
 
 def _chapters(standings: Sequence[Standing]) -> list[Chapter]:

@@ -68,12 +68,36 @@ def test_the_largest_error_is_told_in_words(summary_of: SummaryOf, score: float,
     assert f"Its largest error is {text}, in dq (two)." in summary_of(closed("a", rows)).standings[0].summary
 
 
-@pytest.mark.parametrize("outcome", ["fail", "error"])
-def test_one_broken_law_fails_an_implementation(summary_of: SummaryOf, outcome: str) -> None:
-    summary = summary_of(closed("a", [verdict_row("a", "one"), verdict_row("a", "two", outcome)]))
+def test_one_broken_law_fails_an_implementation(summary_of: SummaryOf) -> None:
+    summary = summary_of(closed("a", [verdict_row("a", "one"), verdict_row("a", "two", "fail")]))
     assert summary.standings[0].status == "fail"
     assert summary.headline == "a breaks at least one law."
     assert "Breaks 1 of 2 laws: two." in summary.standings[0].summary
+
+
+def test_an_error_is_no_pass_and_no_broken_law(summary_of: SummaryOf) -> None:
+    summary = summary_of(closed("a", [verdict_row("a", "one"), verdict_row("a", "two", "error")]))
+    assert summary.standings[0].status == "fail"
+    assert summary.headline == "At least one law ended in an error for a."
+    assert "Breaks no law. 1 law ended in an error, which is no verdict: two." in summary.standings[0].summary
+
+
+def test_the_headline_tells_errors_from_broken_laws(summary_of: SummaryOf) -> None:
+    rows = [
+        row for name in "ab" for row in closed(name, [verdict_row(name, "one", "error" if name == "b" else "pass")])
+    ]
+    assert summary_of(rows).headline == "At least one law ended in an error for b; 1 of 2 obeys every law judged."
+    rows += closed("c", [verdict_row("c", "one", "fail")])
+    assert summary_of(rows).headline == (
+        "c breaks at least one law; at least one law ended in an error for b; 1 of 3 obeys every law judged."
+    )
+
+
+def test_a_law_that_fails_and_errs_is_broken(summary_of: SummaryOf) -> None:
+    rows = [verdict_row("a", "one", "error"), verdict_row("a", "one", "fail"), verdict_row("a", "two", "error")]
+    summary = summary_of(closed("a", rows))
+    assert summary.headline == "a breaks at least one law."
+    assert "Breaks 1 of 2 laws: one. 1 law ended in an error, which is no verdict: two." in summary.standings[0].summary
 
 
 def test_a_run_without_a_finish_row_is_incomplete(summary_of: SummaryOf) -> None:
