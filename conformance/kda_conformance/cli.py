@@ -201,6 +201,15 @@ def bench_command(
     raise typer.Exit(FAIL if bench.failed(rows) else 0 if measured else NOTHING)
 
 
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("history", context_settings=PASSED_ON)
+def history_command(context: typer.Context) -> None:
+    """Keep measurements of many commits: add, list, compare, prune."""
+    raise typer.Exit(_reports("history", *context.args))
+
+
 @vectors_app.command("build")
 def vectors_build(out: Annotated[Path, typer.Option(help="Folder for the set.")] = PUBLISHED) -> None:
     """Build the published vectors, the only way they are ever made."""
@@ -288,9 +297,11 @@ def _report(out: Path) -> Path | None:
 
 def _render(page: str, rows: Path, to: Path) -> Path | None:
     """Render a page in a process of its own: measuring and rendering are separate, and this package knows no report."""
-    command = [sys.executable, "-m", "kda_reports", page, str(rows), "--out", str(to)]
-    done = subprocess.run(command, check=False)  # noqa: S603 - our own command
-    return to if done.returncode == 0 else None
+    return to if _reports(page, str(rows), "--out", str(to)) == 0 else None
+
+
+def _reports(*words: str) -> int:
+    return subprocess.run([sys.executable, "-m", "kda_reports", *words], check=False).returncode  # noqa: S603 - our own command
 
 
 def main() -> None:

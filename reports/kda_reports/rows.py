@@ -134,6 +134,8 @@ class Run:
         What the rows of the run have in common.
     started
         ISO time.
+    seed
+        Which draw of every call was judged.
     fingerprint
         Machine, library versions, commit and dirty flag.
     finish
@@ -147,6 +149,7 @@ class Run:
     version: str
     effort: str
     started: str
+    seed: int
     device: str
     claims: Mapping[str, object]
     fingerprint: Mapping[str, object]
@@ -231,6 +234,7 @@ def _run(row: Fields, identifier: str) -> Run:
         version=row.get("version", str),
         effort=row.get("effort", str),
         started=row.get("started", str),
+        seed=row.get("seed", int),
         device=row.get("device", str),
         claims=row.get("claims", dict),
         fingerprint=row.get("fingerprint", dict),
@@ -343,6 +347,10 @@ class Fields:
         """Return an object of whole numbers."""
         inner = self.inner(name)
         return {key: inner.get(key, int) for key in inner.fields}
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return a list of numbers."""
+        return tuple(self._number(name, value) for value in self.get(name, list))
 
     def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
         """Return a list of pairs of numbers."""
