@@ -129,6 +129,17 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+@nox.parametrize(
+    "triton", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"], ids=["triton-3.6.0", "triton-3.7.1", "triton-3.8.0", "triton-3.9.0"]
+)
+def compile(session: nox.Session, triton: str) -> None:  # noqa: A001 - the name of the session
+    """Compile every kernel for GPUs that are not here and compare with the baseline: nox -s "compile(triton-3.7.1)" -- --accept."""
+    measure(session)
+    session.install(f"triton=={triton}")
+    session.run("kda", "compile", "--out", f"out/compile-{triton}", *session.posargs)
+
+
+@nox.session(default=False)
 def bound_study(session: nox.Session) -> None:
     """Compare certified bounds with true errors on many drawn calls: nox -s bound_study -- --cases 3000, or --full-size."""
     measure(session)

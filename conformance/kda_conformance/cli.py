@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kda_conformance import bench, discovery, verify, workloads
+from kda_conformance import bench, compiling, discovery, verify, workloads
 from kda_conformance.claims import UsageError, narrow, read_claims
 from kda_conformance.contenders import contenders, installed_operators
 from kda_conformance.devices import choose_device, interpret_triton_without_gpu
@@ -199,6 +199,21 @@ def bench_command(
     console.print(f"rows {out / 'rows.jsonl'}, {f'page {page}' if page else 'no page was rendered'}")
     measured = any(row["outcome"] == "measured" for row in rows)
     raise typer.Exit(FAIL if bench.failed(rows) else 0 if measured else NOTHING)
+
+
+@app.command("compile")
+def compile_command(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="sm_90, gfx942, ... Default: sm_80, sm_90, sm_100, gfx942.")
+    ] = None,
+    *,
+    accept: Annotated[bool, typer.Option("--accept", help="Make the result the new baseline.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for rows.")] = Path("out/compile"),
+) -> None:
+    """Compile the kernels for GPUs that need not be here, and compare registers, spills and the like with the baseline."""
+    if not compiling.run(targets or [], out, Console()):
+        raise typer.Exit(USAGE)
+    raise typer.Exit(compiling.compare(out, accept=accept))
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
