@@ -225,6 +225,12 @@ def history_command(context: typer.Context) -> None:
     raise typer.Exit(_reports("history", *context.args))
 
 
+@app.command("dashboard", context_settings=PASSED_ON)
+def dashboard_command(context: typer.Context) -> None:
+    """Render the history: what is worse than a week ago, since which commit, and every series."""
+    raise typer.Exit(_reports("dashboard", *context.args))
+
+
 @vectors_app.command("build")
 def vectors_build(out: Annotated[Path, typer.Option(help="Folder for the set.")] = PUBLISHED) -> None:
     """Build the published vectors, the only way they are ever made."""

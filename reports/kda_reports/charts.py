@@ -101,9 +101,11 @@ def draw(panel: Panel, frame: Frame) -> str:
     return as_svg(chart, WIDTH, HEIGHT)
 
 
-def as_svg(chart: alt.LayerChart | alt.FacetChart, width: float, height: float) -> str:
+def as_svg(
+    chart: alt.LayerChart | alt.FacetChart, width: float, height: float, margin: Mapping[str, float] = MARGIN
+) -> str:
     """Return a chart as an ``<svg>`` element, its panel of the given size within the margins."""
-    chart = chart.properties(width=width, height=height, padding=MARGIN, autosize="none")
+    chart = chart.properties(width=width, height=height, padding=dict(margin), autosize="none")
     chart = chart.configure(font="sans-serif", background="transparent", view=alt.ViewConfig(stroke="transparent"))
     return str(vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=VEGALITE))
 

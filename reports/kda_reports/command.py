@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kda_reports.history_command import history
+from kda_reports.dashboard import render_dashboard
+from kda_reports.history_command import STORE, StoreOption, history, read_naming, refusing
 from kda_reports.page import render_errors, render_mutants
 from kda_reports.rows import RowError, read_rows
+from kda_reports.store import Store
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import read_timings
+from kda_reports.trends import trends
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +57,23 @@ def bench(
 ) -> None:
     """Render the benchmark: time against size, KDA against other operators, every timing with its spread."""
     _write(lambda: render_bench(*read_timings(rows), _names(rows)), out)
+
+
+@app.command()
+@refusing
+def dashboard(
+    store: StoreOption = STORE,
+    days: Annotated[int, typer.Option(min=1, help="Compare with so many days before the newest commit.")] = 7,
+    out: Annotated[Path, typer.Option(help="Folder for the pages.")] = Path("out/dashboard"),
+) -> None:
+    """Render the history: what is worse than a week ago, since which commit, and every series; print the summary."""
+    rows, corrupt = read_naming(Store(store))
+    files = render_dashboard(trends(rows), days, len(corrupt))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (out / name).write_text(text, encoding="utf-8")
+    typer.echo(files["summary.md"], nl=False)
+    typer.echo(f"{len(files)} files in {out}", err=True)
 
 
 def _names(rows: list[Path]) -> list[str]:

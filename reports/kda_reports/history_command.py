@@ -19,9 +19,10 @@ from kda_reports.store import Store, queried
 from kda_reports.trends import trends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kda_reports.measurement import Measurement
+    from kda_reports.store import Corrupt
 
 USAGE = 2
 STORE = Path("out/history")
@@ -57,7 +58,7 @@ def refusing(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def read_naming(store: Store) -> list[Measurement]:
+def read_naming(store: Store) -> tuple[Sequence[Measurement], Sequence[Corrupt]]:
     """Read a store and name on standard error what in it is no row."""
     contents = store.read()
     for entry in contents.corrupt:
@@ -66,7 +67,7 @@ def read_naming(store: Store) -> list[Measurement]:
         typer.echo(
             f"{len(contents.corrupt)} of its lines count for nothing; `kda history prune --yes` moves them", err=True
         )
-    return list(contents.rows)
+    return contents.rows, contents.corrupt
 
 
 @history.command()
@@ -90,7 +91,7 @@ def add(
 @refusing
 def list_command(store: StoreOption = STORE, metric: Pattern = "%", implementation: Pattern = "%") -> None:
     """List the series: what was measured alike on one machine, at how many commits, and its newest value."""
-    rows = read_naming(Store(store))
+    rows, _ = read_naming(Store(store))
     table = Table(
         "metric",
         "implementation",
@@ -123,7 +124,7 @@ def compare_command(
     store: StoreOption = STORE,
 ) -> None:
     """Compare two commits and print the result as Markdown, fit for a comment on a pull request."""
-    rows = read_naming(Store(store))
+    rows, _ = read_naming(Store(store))
     typer.echo(comparison_markdown(compare(trends(rows), rows, base, new), base, new), nl=False)
 
 

@@ -6,12 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from kda_reports.comparison import overall
+from kda_reports.findings import WORDS
 from kda_reports.quantities import percent, quantity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kda_reports.comparison import Change
+    from kda_reports.findings import Finding, Findings
 
 MOST_LINES = 40
 RULE = (
@@ -52,6 +54,43 @@ def comparison_markdown(changes: Sequence[Change], base: str, new: str) -> str:
         RULE,
     ]
     return "\n".join(lines) + "\n"
+
+
+def findings_markdown(found: Findings) -> str:
+    """Return what became of all series since then: the answer, the counts, and a table of what is not unchanged."""
+    count = ", ".join(f"{len(found.those(word))} {word}" for word in WORDS)
+    lines = [f"### {found.word.capitalize()}: {escaped(found.headline)}", "", f"{count} of {len(found.each)} series."]
+    shown = found.those("worse", "better", "changed")
+    if shown:
+        lines += [
+            "",
+            "| | metric | series | machine | then | now | change | since |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_finding(finding) for finding in shown[:MOST_LINES]]
+        if len(shown) > MOST_LINES:
+            lines += ["", f"{len(shown) - MOST_LINES} more are not in this table."]
+    lines += ["", RULE]
+    return "\n".join(lines) + "\n"
+
+
+def _finding(finding: Finding) -> str:
+    series = finding.series
+    assert finding.before is not None  # noqa: S101 - what is better or worse has both levels
+    assert finding.after is not None  # noqa: S101 - likewise
+    since = [finding.first.commit[:10]] if finding.first else []
+    since += [*finding.versions, finding.why] if finding.why else finding.versions
+    cells = [
+        finding.word,
+        series.like.metric,
+        series.title,
+        series.machine,
+        quantity(finding.before, series.metric.unit),
+        quantity(finding.after, series.metric.unit),
+        percent(finding.before, finding.after),
+        "; ".join(since),
+    ]
+    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
 
 
 def _line(change: Change) -> str:
