@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from kda_reports import trend_charts
+from kda_reports import charts, trend_charts
 from kda_reports.findings import WORDS, changed_versions, findings
 from kda_reports.glossary import TREND_GLOSSARY
 from kda_reports.markdown import findings_markdown
 from kda_reports.metrics import METRICS, PAGES
-from kda_reports.page import templates, without_namespaces
+from kda_reports.page import templates
 from kda_reports.quantities import percent, quantity
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _entries(found: Sequence[Finding]) -> list[Entry]:
         # A drawing holds no foreign text: numbers, units and dates.
         Entry(
             finding=finding,
-            drawing=Markup(without_namespaces(trend_charts.draw(finding.series))) if i < MOST_CHARTS else None,  # noqa: S704
+            drawing=Markup(charts.without_namespaces(trend_charts.draw(finding.series))) if i < MOST_CHARTS else None,  # noqa: S704
         )
         for i, finding in enumerate(ordered)
     ]

@@ -62,7 +62,7 @@ def draw(series: Series) -> str:
     chart = alt.layer(
         charts.data_of(steps).mark_rule(color=charts.LIMIT, strokeWidth=1.2, strokeDash=[4, 3], aria=False).encode(x=x),
         data.mark_line(color=VALUE, strokeWidth=0.8, opacity=0.55, aria=False).encode(x=x, y=y),
-        charts.data_of(_dots(points))
+        charts.data_of(charts.dots([(point["x"], point["y"]) for point in points if point["finite"]]))
         .mark_line(color=VALUE, strokeWidth=DOT, strokeCap="round", aria=False)
         .encode(x=x, y=y, order="order:Q"),
         charts.data_of([point for point in points if not point["finite"]])
@@ -71,13 +71,6 @@ def draw(series: Series) -> str:
         levels.mark_line(color=LEVEL, strokeWidth=1.8, aria=False).encode(x=x, y=y, detail="level:N"),
     )
     return charts.as_svg(chart, WIDTH, HEIGHT, MARGIN)
-
-
-def _dots(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a line that is broken after every point: one path in the page, where a mark for each point would be most of its size."""
-    finite = [point for point in points if point["finite"]]
-    pairs = [(point["x"], y) for point in finite for y in (point["y"], point["y"], None)]
-    return [{"x": x, "y": y, "order": i} for i, (x, y) in enumerate(pairs)]
 
 
 def _levels(series: Series, unit: float, domain: tuple[float, float]) -> list[dict[str, Any]]:
