@@ -34,7 +34,7 @@ def install(session: nox.Session, *requirements: str, group: str | None = None) 
 
 def measure(session: nox.Session) -> None:
     """Set up what a session needs that runs the operator: one thread a process, since two processes share two cores."""
-    install(session, "--editable", ".[peers]", group="test")
+    install(session, "--editable", ".[peers,reports]", group="test")
     session.env["OMP_NUM_THREADS"] = "1"
 
 
@@ -48,7 +48,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types with mypy, strictly."""
-    install(session, "--editable", ".[peers]", group="types")
+    install(session, "--editable", ".[peers,reports]", group="types")
     session.run("mypy", *session.posargs)
 
 
@@ -111,7 +111,7 @@ def wheel(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Judge every implementation on the machine's GPU: nox -s gpu -- --effort exhaustive."""
     # A machine with a GPU brings its torch and Triton, which the constraints would replace.
-    session.install("--editable", ".[peers]", "fla-core>=0.6")
+    session.install("--editable", ".[peers,reports]", "fla-core>=0.6")
     session.run("kda", "verify", "--device", "cuda", *session.posargs)
 
 
@@ -119,13 +119,24 @@ def gpu(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Time implementations side by side, each judged first: nox -s bench -- --quick; tiny sizes where there is no GPU."""
     if shutil.which("nvidia-smi"):
-        session.install("--editable", ".[peers]", "fla-core>=0.6")
+        session.install("--editable", ".[peers,reports]", "fla-core>=0.6")
     else:
         measure(session)
         BENCHMARK.parent.mkdir(parents=True, exist_ok=True)
         suite = ("pytest", "--pyargs", "kda_conformance.benchmarks", "--impl", "torch-chunkwise")
         session.run(*suite, f"--benchmark-json={BENCHMARK}", "--benchmark-max-time=0.5")
     session.run("kda", "bench", *session.posargs)
+
+
+@nox.session(default=False)
+@nox.parametrize(
+    "triton", ["3.6.0", "3.7.1", "3.8.0", "3.9.0"], ids=["triton-3.6.0", "triton-3.7.1", "triton-3.8.0", "triton-3.9.0"]
+)
+def compile(session: nox.Session, triton: str) -> None:  # noqa: A001 - the name of the session
+    """Compile every kernel for GPUs that are not here and compare with the baseline: nox -s "compile(triton-3.7.1)" -- --accept."""
+    measure(session)
+    session.install(f"triton=={triton}")
+    session.run("kda", "compile", "--out", f"out/compile-{triton}", *session.posargs)
 
 
 @nox.session(default=False)

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kda_conformance import bench, discovery, verify, workloads
+from kda_conformance import bench, compiling, discovery, verify, workloads
 from kda_conformance.claims import UsageError, narrow, read_claims
 from kda_conformance.contenders import contenders, installed_operators
 from kda_conformance.devices import choose_device, interpret_triton_without_gpu
@@ -201,6 +201,36 @@ def bench_command(
     raise typer.Exit(FAIL if bench.failed(rows) else 0 if measured else NOTHING)
 
 
+@app.command("compile")
+def compile_command(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="sm_90, gfx942, ... Default: sm_80, sm_90, sm_100, gfx942.")
+    ] = None,
+    *,
+    accept: Annotated[bool, typer.Option("--accept", help="Make the result the new baseline.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for rows.")] = Path("out/compile"),
+) -> None:
+    """Compile the kernels for GPUs that need not be here, and compare registers, spills and the like with the baseline."""
+    if not compiling.run(targets or [], out, Console()):
+        raise typer.Exit(USAGE)
+    raise typer.Exit(compiling.compare(out, accept=accept))
+
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("history", context_settings=PASSED_ON)
+def history_command(context: typer.Context) -> None:
+    """Keep measurements of many commits: add, list, compare, prune."""
+    raise typer.Exit(_reports("history", *context.args))
+
+
+@app.command("dashboard", context_settings=PASSED_ON)
+def dashboard_command(context: typer.Context) -> None:
+    """Render the history: what is worse than a week ago, since which commit, and every series."""
+    raise typer.Exit(_reports("dashboard", *context.args))
+
+
 @vectors_app.command("build")
 def vectors_build(out: Annotated[Path, typer.Option(help="Folder for the set.")] = PUBLISHED) -> None:
     """Build the published vectors, the only way they are ever made."""
@@ -288,9 +318,11 @@ def _report(out: Path) -> Path | None:
 
 def _render(page: str, rows: Path, to: Path) -> Path | None:
     """Render a page in a process of its own: measuring and rendering are separate, and this package knows no report."""
-    command = [sys.executable, "-m", "kda_reports", page, str(rows), "--out", str(to)]
-    done = subprocess.run(command, check=False)  # noqa: S603 - our own command
-    return to if done.returncode == 0 else None
+    return to if _reports(page, str(rows), "--out", str(to)) == 0 else None
+
+
+def _reports(*words: str) -> int:
+    return subprocess.run([sys.executable, "-m", "kda_reports", *words], check=False).returncode  # noqa: S603 - our own command
 
 
 def main() -> None:

@@ -265,6 +265,7 @@ def _verdict(
             "outcome": "error" if _is_uncertified(call) else _outcome(report),
             "score": max(scores, default=None),
             "message": message,
+            "reason": getattr(report, "wasxfail", ""),
             "reproduction": subject.reproduction(this) if this else subject.rerun(dtype) if dtype else "",
             "seconds": round(report.duration, 4),
         },

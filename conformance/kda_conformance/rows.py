@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kda_conformance import __version__
+
 if TYPE_CHECKING:
     from kda_conformance.subject import Subject
 
@@ -115,8 +117,9 @@ def now() -> str:
 
 def fingerprint() -> dict[str, Any]:
     """Return what identifies machine, libraries and source state."""
-    commit, dirty = _source_state()
+    commit, commit_time, dirty = _source_state()
     return {
+        "suite": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _installed("triton"),
@@ -128,6 +131,7 @@ def fingerprint() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver(),
         "commit": commit,
+        "commit_time": commit_time,
         "dirty": dirty,
     }
 
@@ -169,18 +173,21 @@ def _driver() -> str | None:
     return done.stdout.partition("\n")[0].strip()
 
 
-def _source_state() -> tuple[str | None, bool | None]:
-    """Return commit and dirty flag of the checkout this package runs from, or ``None`` for an installed copy."""
-    folder = Path(__file__).parent
+def _source_state() -> tuple[str | None, str | None, bool | None]:
+    """Return commit, its time and dirty flag of the checkout this package runs from, or ``None`` for an installed copy."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S607 - whichever git is on the path
-        status = subprocess.run(
-            ["git", "status", "--porcelain"],  # noqa: S607 - likewise
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit, _, commit_time = _git("show", "--no-patch", "--format=%H %cI", "HEAD").partition(" ")
+        return commit, commit_time, bool(_git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
-        return None, None
-    return head.stdout.strip(), bool(status.stdout.strip())
+        return None, None, None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(  # noqa: S603 - fixed words
+        ["git", *arguments],  # noqa: S607 - whichever git is on the path
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()

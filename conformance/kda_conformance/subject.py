@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
+from torch.nn.functional import max_pool2d
 
 from kda_conformance import ensemble, service
 from kda_conformance.arithmetic import CLASSES
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kda_conformance.implementation import Implementation
 
 BINS = 48
+MOST_HEADS, MOST_CHANNELS = 16, 32
 RECORDED = "recorded only: "
 # More than the calls of the battery, so that laws on one call share its results.
 KEPT_RESULTS = 1024
@@ -263,6 +265,7 @@ class Subject:
                 },
                 "by_token": _by_token(judgement),
                 "by_decay": _by_decay(judgement, inputs),
+                "by_channel": by_channel(judgement),
                 "regime": case.gate,
                 "shape": {
                     "B": case.B,
@@ -309,3 +312,17 @@ def _by_decay(judgement: Judgement, inputs: KdaInputs) -> list[list[float]]:
     return [
         [float(nats[i : i + step].mean()), float(largest[i : i + step].max())] for i in range(0, nats.numel(), step)
     ]
+
+
+def by_channel(judgement: Judgement) -> dict[str, Any] | None:
+    """Return the largest ratio by head and channel, in at most so many bins; ``None`` for a tensor without the two."""
+    axes = AXES[judgement.tensor]
+    heads, channels = (next((i for i, axis in enumerate(axes) if axis in pair), None) for pair in ("hg", "v"))
+    channels = axes.find("k") if channels is None else channels
+    if heads is None or channels < 0 or judgement.ratio.numel() == 0:
+        return None
+    largest = judgement.ratio.movedim((heads, channels), (0, 1)).flatten(2).amax(-1)
+    steps = [math.ceil(size / most) for size, most in zip(largest.shape, (MOST_HEADS, MOST_CHANNELS), strict=True)]
+    binned = max_pool2d(largest[None], steps, ceil_mode=True)[0]
+    ratios = [[float(f"{ratio:.3g}") for ratio in row] for row in binned.tolist()]
+    return {"head_step": steps[0], "channel_step": steps[1], "ratios": ratios}

@@ -161,10 +161,22 @@ def test_a_declared_deviation_is_expected_and_a_stale_one_is_bad_usage(implement
     deviations.write_text(
         '[[deviation]]\ntest = "test_causality.py::test_later*"\nreason = "adds the mean"\nissue = "#1"\n'
     )
-    options = ("--impl", f"{implementation}:future_leaks", "--effort", "quick", "--deviations", str(deviations))
+    rows = tmp_path / "rows.jsonl"
+    options = (
+        "--impl",
+        f"{implementation}:future_leaks",
+        "--effort",
+        "quick",
+        "--deviations",
+        str(deviations),
+        "--kda-rows",
+        str(rows),
+    )
     done = run_suite(*options, "--law", "prefix-causality")
     assert done.returncode == pytest.ExitCode.OK, done.stdout
     assert "xfailed" in done.stdout
+    declared = [row for row in map(json.loads, rows.read_text().splitlines()) if row.get("outcome") == "xfail"]
+    assert {row["reason"] for row in declared} == {"adds the mean (#1)"}
     fixed = run_suite("--impl", f"{implementation}:right", *options[2:], "--law", "prefix-causality")
     assert fixed.returncode == pytest.ExitCode.TESTS_FAILED, fixed.stdout
     assert "delete its entry" in fixed.stdout

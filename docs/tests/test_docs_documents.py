@@ -14,6 +14,7 @@ import typer
 from kda_conformance import judge
 from kda_conformance.cli import app
 from kda_conformance.planted.planting import catalogue, variants
+from kda_reports.command import app as reports_app
 from kda_reports.glossary import GLOSSARY
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -21,6 +22,9 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+PASSED_ON = ("history", "dashboard")
 
 
 def short(path: Path) -> str:
@@ -90,11 +94,12 @@ def test_files_that_are_named_exist(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=short)
 def test_options_of_kda_that_are_named_exist(path: Path) -> None:
-    group = typer.main.get_command(app)
+    groups = [typer.main.get_command(found) for found in (app, reports_app)]
     for line in shell_lines(path.read_text(encoding="utf-8")):
         words = shlex.split(line)
         if words[0] == "kda":
-            command = group.commands[words[1]]  # type: ignore[attr-defined]
+            # What is passed on has its options where it is passed to.
+            command = (groups[1] if words[1] in PASSED_ON else groups[0]).commands[words[1]]  # type: ignore[attr-defined]
             command = getattr(command, "commands", {words[2]: command})[words[2]] if len(words) > 2 else command
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known
@@ -147,7 +152,10 @@ def test_ci_installs_pinned_versions_that_the_package_allows() -> None:
     pinned = {name: Version(version) for name, version in (line.split("==") for line in lines)}
     pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
     project, groups = PYPROJECT["project"], PYPROJECT["dependency-groups"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["peers"]]
+    wanted = [
+        *project["dependencies"],
+        *(entry for extra in project["optional-dependencies"].values() for entry in extra),
+    ]
     wanted += [entry for group in groups.values() for entry in group if isinstance(entry, str)]
     for requirement in map(Requirement, wanted):
         assert pinned[requirement.name] in requirement.specifier, requirement

@@ -1,18 +1,16 @@
-"""Compile the kernels for a real target on any machine, and read what the compiler made of them.
+"""Compile the kernels for real targets on any machine, and read what the compiler made of them.
 
 No device is needed: launches of calls on tensors without storage are recorded and compiled. ``TRITON_INTERPRET=0 python -m
-kda_optimized.compiled 90`` prints one JSON object per kernel and call, with the registers, spilled bytes and shared memory that decide
-how a kernel runs.
+kda_optimized.compiled sm_90`` prints one JSON object per kernel and call, with the registers, spilled bytes and shared memory that decide
+how a kernel runs; ``kda compile`` keeps them and compares them with what was accepted before.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +23,20 @@ from kda_optimized.backward import chunk_backward
 from kda_optimized.chunkwise import chunk_forward, recurrent_forward
 from kda_optimized.launch import Launch, recorded, warp_products
 from kda_optimized.launch_config import table, using
+from kda_optimized.machine_code import resources
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 TYPE_NAMES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Between them these meet every rule of the launch table; a test says so.
+SAMPLES = (
+    (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256),
+    (torch.float32, 32), (torch.float32, 64), (torch.float32, 128), (torch.float32, 256),
+)  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -49,19 +54,26 @@ def sample(dtype: torch.dtype, width: int) -> KdaInputs:
     )  # fmt: skip
 
 
-def launches(inputs: KdaInputs, arch: int) -> list[Launch]:
-    """Return the launches of one forward, one backward and one recurrence, on an architecture given as 90 for ``sm_90``."""
-    state, do = torch.empty(inputs.state_shape, device="meta"), torch.empty_like(inputs.v)
-    with using(table(f"sm_{arch}")), recorded() as found:
-        chunk_forward(inputs)
-        chunk_backward(inputs, do, state)
-        recurrent_forward(inputs)
+def launches(inputs: KdaInputs, target: str) -> dict[str, list[Launch]]:
+    """Return what one forward, one backward and one recurrence launch, by pass, on a target such as ``sm_90``."""
+    state = torch.empty(inputs.state_shape, device="meta")
+    do, half = torch.empty_like(inputs.v), inputs.replace(q=inputs.q[:, :, ::2], k=inputs.k[:, :, ::2])
+    passes: dict[str, Callable[[], object]] = {
+        "forward": lambda: chunk_forward(inputs),
+        "backward": lambda: chunk_backward(inputs, do, state),
+        "shared heads": lambda: chunk_backward(half, do, state),
+        "recurrence": lambda: recurrent_forward(inputs),
+    }
+    found = {}
+    with using(table(target)):
+        for name, run in passes.items():
+            with recorded() as started:
+                run()
+            found[name] = started
     # Value heads that share queries and keys need one kernel more.
-    half = inputs.replace(q=inputs.q[:, :, ::2], k=inputs.k[:, :, ::2])
-    with using(table(f"sm_{arch}")), recorded() as shared:
-        chunk_backward(half, do, state)
-    names = {launch.name for launch in found}
-    return found + [launch for launch in shared if launch.name not in names]
+    names = {launch.name for launch in found["backward"]}
+    found["backward"] += [launch for launch in found.pop("shared heads") if launch.name not in names]
+    return found
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -86,49 +98,65 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
-    """Compile one launch for ``sm_<arch>`` and return what it needs."""
+def gpu_target(name: str) -> GPUTarget:
+    """Return what Triton compiles for.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of an NVIDIA architecture (``sm_90``) or an AMD one (``gfx942``).
+    """
+    if re.fullmatch(r"sm_\d+", name):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    if re.fullmatch(r"gfx9\w+", name):
+        return GPUTarget("hip", name, 64)
+    message = f"target must be like sm_90 or gfx942, got {name!r}; {', '.join(TARGETS)} are compiled for by default"
+    raise ValueError(message)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, Any]:
+    """Compile one launch for a target and return what it needs."""
     with warp_products():
-        found = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    return {
-        "kernel": launch.name,
-        "arch": arch,
-        **launch.options,
-        "shared_bytes": found.metadata.shared,
-        **resources(found.asm["cubin"]),
-    }
+        found = triton.compile(source_of(launch), target=target, options=dict(launch.options))
+    return {**launch.options, "shared_bytes": found.metadata.shared, **resources(found.asm)}
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Read registers, bytes of stack (spills) and the matrix instructions from a cubin, with the tools that Triton carries."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(  # noqa: S603 - a tool of Triton's, on a file of ours
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run([tools / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout  # noqa: S603 - likewise
-    registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
-    if registers is None or stack is None:
-        message = f"cuobjdump must report REG and STACK, got {usage!r}; adapt kda_optimized.compiled to this Triton"
-        raise RuntimeError(message)
-    return {
-        "registers": int(registers[1]),
-        "stack_bytes": int(stack[1]),
-        "hgmma": len(re.findall(r"\bHGMMA", code)),
-        "hmma": len(re.findall(r"\bHMMA", code)),
-    }
+def compile_all(target: str) -> Iterator[dict[str, Any]]:
+    """Compile every kernel in every configuration of the launch table; a row each, also for what does not compile.
+
+    A kernel that one call launches several times, with other constants, has a row for each of its launches.
+    """
+    gpu = gpu_target(target)
+    for dtype, width in SAMPLES:
+        for name, started in launches(sample(dtype, width), target).items():
+            order: Counter[str] = Counter()
+            for launch in started:
+                row = {
+                    "target": target,
+                    "triton": triton.__version__,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "shape": {"K": width, "V": width},
+                    "pass": name,
+                    "kernel": launch.name,
+                    "launch": order[launch.name],
+                }
+                order[launch.name] += 1
+                try:
+                    found = {"outcome": "compiled", "message": "", **compile_launch(launch, gpu)}
+                except Exception as error:  # noqa: BLE001 - whatever a compiler raises is what the row says
+                    found = {"outcome": "error", "message": f"{type(error).__name__}: {error}"}
+                yield row | found
 
 
-def compile_all(arch: int) -> Iterator[dict[str, Any]]:
-    """Compile every kernel of the calls that matter; a kernel launched twice with other constants appears twice."""
-    for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 128)):
-        for launch in launches(sample(dtype, width), arch):
-            yield {"dtype": str(dtype).removeprefix("torch."), "width": width, **compile_launch(launch, arch)}
+def main(targets: Sequence[str]) -> None:
+    """Print a JSON object for each launch on each target."""
+    for target in targets or TARGETS:
+        for row in compile_all(target):
+            print(json.dumps(row), flush=True)  # noqa: T201 - the program's output
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:] or ["90"]:
-        for row in compile_all(int(argument)):
-            print(json.dumps(row), flush=True)  # noqa: T201 - the program's output
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

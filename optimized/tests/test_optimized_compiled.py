@@ -8,51 +8,83 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kda_optimized
 import kda_reference
 import pytest
-from kda_optimized.launch_config import choose, table
+from kda_optimized import chunkwise
+from kda_optimized.compiled import SAMPLES, gpu_target, launches, sample
+from kda_optimized.launch_config import LaunchConfig, choose, config_of, fits, table
 from kda_optimized.tune import applicable, candidates, written
 
+if TYPE_CHECKING:
+    import torch
+
 MOST_SPILLED_BYTES = 288
-MOST_SHARED_BYTES = {90: 227 * 1024, 80: 163 * 1024}
+MOST_SHARED_BYTES = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
 PROGRAM = """
 import json, sys, torch
-from kda_optimized.compiled import compile_launch, launches, sample
-arch, dtype, width = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
-for launch in launches(sample(dtype, width), arch):
-    print(json.dumps(compile_launch(launch, arch)), flush=True)
+from kda_optimized import compiled
+compiled.SAMPLES = [(getattr(torch, sys.argv[2]), int(sys.argv[3]))]
+for row in compiled.compile_all(sys.argv[1]):
+    print(json.dumps(row), flush=True)
 """
 
 
-def compiled(arch: int, dtype: str, width: int) -> list[dict[str, Any]]:
+def compiled(target: str, dtype: str, width: int) -> list[dict[str, Any]]:
     roots = [str(Path(inspect.getfile(package)).parents[1]) for package in (kda_optimized, kda_reference)]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [*inherited, *roots])),
     }
-    command = [sys.executable, "-c", PROGRAM, str(arch), dtype, str(width)]
+    command = [sys.executable, "-c", PROGRAM, target, dtype, str(width)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype", "width"), [(90, "bfloat16", 128), (80, "bfloat16", 128), (90, "float32", 64)]
+    ("target", "dtype", "width"),
+    [("sm_90", "bfloat16", 128), ("sm_80", "bfloat16", 128), ("sm_90", "float32", 64), ("gfx942", "bfloat16", 64)],
 )
-def test_kernels_compile_and_fit(arch: int, dtype: str, width: int) -> None:
-    rows = compiled(arch, dtype, width)
+def test_kernels_compile_and_fit(target: str, dtype: str, width: int) -> None:
+    rows = compiled(target, dtype, width)
     assert {row["kernel"] for row in rows} == set(table("default"))
     for row in rows:
-        assert row["shared_bytes"] <= MOST_SHARED_BYTES[arch], row
-        assert row["hgmma"] == 0, f"wgmma is miscompiled by the ptxas of Triton 3.6 and 3.7: {row}"
-    if (arch, dtype) == (90, "bfloat16"):
-        chunkwise = [row for row in rows if row["kernel"].startswith("kda_chunk") and "heads" not in row["kernel"]]
-        assert all(row["hmma"] for row in chunkwise), chunkwise
-        assert all(row["stack_bytes"] <= MOST_SPILLED_BYTES for row in rows), rows
+        assert row["outcome"] == "compiled", row
+        assert row["shared_bytes"] <= MOST_SHARED_BYTES[target], row
+        assert row["registers"] > 0
+        assert row["code_bytes"] > 0
+        kinds = row["matrix_instructions"]
+        assert not [kind for kind in kinds if kind.startswith("HGMMA")], (
+            f"ptxas of Triton 3.6, 3.7 miscompiles wgmma: {row}"
+        )
+    products = [row for row in rows if row["kernel"].startswith("kda_chunk") and "heads" not in row["kernel"]]
+    if dtype == "bfloat16":
+        assert all(row["matrix_instructions"] for row in products), products
+    if (target, dtype) == ("sm_90", "bfloat16"):
+        assert all(row["spilled_bytes"] <= MOST_SPILLED_BYTES for row in rows), rows
+
+
+def test_the_samples_meet_every_rule_of_the_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, met = table("default"), set()
+
+    def spied(kernel: str, device: torch.device, *sizes: int) -> LaunchConfig:
+        met.add((kernel, next(i for i, rule in enumerate(rules[kernel]) if fits(rule, *sizes))))
+        return config_of(kernel, device, *sizes)
+
+    monkeypatch.setattr(chunkwise, "config_of", spied)
+    for dtype, width in SAMPLES:
+        launches(sample(dtype, width), "sm_90")
+    assert met == {(kernel, i) for kernel in rules for i in range(len(rules[kernel]))}
+
+
+@pytest.mark.parametrize("name", ["90", "sm90", "gfx", "sm_", "cuda"])
+def test_a_target_that_is_none_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="target must be like sm_90 or gfx942"):
+        gpu_target(name)
 
 
 @pytest.mark.parametrize("name", ["default", "interpreter"])

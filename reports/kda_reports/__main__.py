@@ -1,70 +1,16 @@
-"""The command ``python -m kda_reports``: turn rows into pages. Rendering never runs an implementation."""
+"""Run the command, or say what to install."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
-
-from kda_reports.page import render_errors, render_mutants
-from kda_reports.rows import RowError, read_rows
-from kda_reports.timing_page import render_bench
-from kda_reports.timings import read_timings
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+import sys
 
 USAGE = 2
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def root() -> None:
-    """Turn rows into pages."""
-
-
-@app.command()
-def errors(
-    rows: Annotated[list[Path], typer.Argument(help="Rows files of conformance runs (JSONL).")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-) -> None:
-    """Render the error report: who obeys which law, how close to the bound, where and why not."""
-    _write(lambda: render_errors(read_rows(rows), _names(rows)), out)
-
-
-@app.command()
-def mutants(
-    rows: Annotated[list[Path], typer.Argument(help="Rows files of `kda mutants` (JSONL).")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("mutants.html"),
-) -> None:
-    """Render the matrix of planted bugs and laws: what catches what, and what nothing catches."""
-    _write(lambda: render_mutants(read_rows(rows), _names(rows)), out)
-
-
-@app.command()
-def bench(
-    rows: Annotated[list[Path], typer.Argument(help="Rows files of `kda bench` (JSONL).")],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("bench.html"),
-) -> None:
-    """Render the benchmark: time against size, KDA against other operators, every timing with its spread."""
-    _write(lambda: render_bench(*read_timings(rows), _names(rows)), out)
-
-
-def _names(rows: list[Path]) -> list[str]:
-    return [path.name for path in rows]
-
-
-def _write(render: Callable[[], str], out: Path) -> None:
-    try:
-        page = render()
-    except RowError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(USAGE) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-
+try:
+    from kda_reports.command import app
+except ModuleNotFoundError as error:
+    print(f"error: reports must have {error.name} installed; run pip install 'kda-suite[reports]'", file=sys.stderr)  # noqa: T201 - the command's own word
+    sys.exit(USAGE)
 
 if __name__ == "__main__":
     app(prog_name="python -m kda_reports")

@@ -8,6 +8,7 @@ to one that suits its background.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ class Frame:
         Upper end of the logarithmic error axis, which begins at ``FLOOR``.
     x_title, x_domain, log_x
         The horizontal axis; on a logarithmic one the domain is positive.
+    ticks
+        Where it is marked; empty leaves that to the axis.
     """
 
     names: Sequence[str]
@@ -63,11 +66,16 @@ class Frame:
     x_title: str
     x_domain: tuple[float, float]
     log_x: bool
+    ticks: Sequence[float] = ()
 
 
 def top_of(panels: Sequence[Panel]) -> float:
     """Return the power of ten above the bound and above every finite point, at most ``CEILING``."""
-    ratios = [ratio for panel in panels for series in panel.series for _, ratio in series.points]
+    return top_of_values([ratio for panel in panels for series in panel.series for _, ratio in series.points])
+
+
+def top_of_values(ratios: Sequence[float]) -> float:
+    """Return the power of ten above the bound and above every finite ratio, at most ``CEILING``."""
     largest = max((ratio for ratio in ratios if math.isfinite(ratio)), default=1.0)
     return min(CEILING, float(10 ** max(1, math.ceil(math.log10(max(largest, 1.0))))))
 
@@ -75,7 +83,7 @@ def top_of(panels: Sequence[Panel]) -> float:
 def draw(panel: Panel, frame: Frame) -> str:
     """Draw one panel and return it as an ``<svg>`` element."""
     x = alt.X("x:Q", title=frame.x_title, scale=scale_of(frame.x_domain, log=frame.log_x), axis=_x_axis(frame))
-    y = alt.Y("y:Q", title=None, scale=scale_of((FLOOR, frame.top), log=True), axis=y_axis(_decades(FLOOR, frame.top)))
+    y = alt.Y("y:Q", title=None, scale=scale_of((FLOOR, frame.top), log=True), axis=y_axis(decades(FLOOR, frame.top)))
     colour = alt.Color("name:N", scale=cycled(COLOURS, frame.names), legend=None)
     dash = alt.StrokeDash("name:N", scale=cycled(DASHES, frame.names), legend=None)
     points = [point for series in panel.series for point in _points(series, frame)]
@@ -101,9 +109,11 @@ def draw(panel: Panel, frame: Frame) -> str:
     return as_svg(chart, WIDTH, HEIGHT)
 
 
-def as_svg(chart: alt.LayerChart | alt.FacetChart, width: float, height: float) -> str:
+def as_svg(
+    chart: alt.LayerChart | alt.FacetChart, width: float, height: float, margin: Mapping[str, float] = MARGIN
+) -> str:
     """Return a chart as an ``<svg>`` element, its panel of the given size within the margins."""
-    chart = chart.properties(width=width, height=height, padding=MARGIN, autosize="none")
+    chart = chart.properties(width=width, height=height, padding=dict(margin), autosize="none")
     chart = chart.configure(font="sans-serif", background="transparent", view=alt.ViewConfig(stroke="transparent"))
     return str(vl_convert.vegalite_to_svg(chart.to_dict(), vl_version=VEGALITE))
 
@@ -111,6 +121,15 @@ def as_svg(chart: alt.LayerChart | alt.FacetChart, width: float, height: float) 
 def data_of(values: list[dict[str, Any]]) -> alt.Chart:
     """Return a chart of values that stand in the chart itself."""
     return alt.Chart(alt.Data(values=values))  # type: ignore[no-untyped-call]
+
+
+def dots(points: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+    """Return the data of a line that is broken after every point: one path, where a mark for each point would be most of a page.
+
+    Draw it with round caps and ``order:Q``.
+    """
+    pairs = [(x, y) for x, height in points for y in (height, height, None)]
+    return [{"x": x, "y": y, "order": i} for i, (x, y) in enumerate(pairs)]
 
 
 def cycled(choices: Sequence[Any], names: Sequence[str]) -> alt.Scale:
@@ -131,9 +150,11 @@ def scale_of(domain: tuple[float, float], *, log: bool) -> alt.Scale:
 
 
 def _x_axis(frame: Frame) -> alt.Axis:
+    if frame.ticks:
+        return alt.Axis(values=list(frame.ticks), format="~g", **X_STYLE)
     if not frame.log_x:
         return alt.Axis(tickCount=4, **X_STYLE)
-    return alt.Axis(values=_decades(*frame.x_domain), format="~g", **X_STYLE)
+    return alt.Axis(values=decades(*frame.x_domain), format="~g", **X_STYLE)
 
 
 def y_axis(values: Sequence[float]) -> alt.Axis:
@@ -151,7 +172,7 @@ def y_axis(values: Sequence[float]) -> alt.Axis:
     )
 
 
-def _decades(low: float, high: float) -> list[float]:
+def decades(low: float, high: float) -> list[float]:
     """Return the powers of ten within a range, only the even ones when there are many."""
     exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
     return [10.0**exponent for exponent in exponents if len(exponents) <= MOST_TICKS or exponent % 2 == 0]
@@ -176,3 +197,8 @@ def apart(ends: Mapping[str, float], domain: tuple[float, float], height: float)
 def short(name: str) -> str:
     """Return a name as its label has room for it."""
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "~"
+
+
+def without_namespaces(svg: str) -> str:
+    """Drop the namespace addresses, which an SVG inside HTML does not need: the page then holds no address at all."""
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)

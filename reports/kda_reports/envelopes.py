@@ -1,4 +1,4 @@
-"""Envelopes: the largest error over bound at each token position, or at each amount of accumulated decay.
+"""Envelopes: the largest error over bound at each token position, amount of accumulated decay or size, and how scores are distributed.
 
 Every measurement carries its own profile. The envelope of an implementation is, bin by bin, the largest value of all
 its measurements of one tensor, so that a peak means "some call is this far off here", never an average that hides it.
@@ -24,6 +24,7 @@ TENSORS = ("o", "dq", "dk", "dv", "dg", "dbeta")
 NUM_TOKEN_BINS = 48
 DECAY_BINS_PER_DECADE = 4
 SMALLEST_DECAY = 1e-3
+NUM_QUANTILES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,32 @@ def token_panels(standings: Sequence[Standing]) -> list[Panel]:
 def decay_panels(standings: Sequence[Standing]) -> list[Panel]:
     """Return the envelopes against decay accumulated since the sequence began, a panel per tensor."""
     return _panels(standings, lambda measure: measure.by_decay, decay_bin)
+
+
+def size_panels(standings: Sequence[Standing], letter: str) -> list[Panel]:
+    """Return the largest scores against a size of the call, such as ``T``, a panel per tensor; a bin begins at each power of two."""
+    return _panels(standings, lambda measure: [(float(measure.shape[letter]), measure.score)], power_of_two)
+
+
+def power_of_two(size: float) -> float:
+    """Return the largest power of two that is no larger than a size of at least 1."""
+    return float(1 << (int(size).bit_length() - 1))
+
+
+def quantile_panels(standings: Sequence[Standing]) -> list[Panel]:
+    """Return the score that a share of the measurements does not exceed, a panel per tensor; the last point is the largest."""
+    panels = []
+    for tensor in TENSORS:
+        series = []
+        for standing in standings:
+            scores = sorted(gravity(one.score) for one in standing.run.measures if one.tensor == tensor)
+            if scores:
+                kept = sorted({len(scores) * i // NUM_QUANTILES for i in range(1, NUM_QUANTILES)} - {0} | {len(scores)})
+                points = [(rank / len(scores), scores[rank - 1]) for rank in kept]
+                series.append(Series(name=standing.name, points=points, num_measures=len(scores)))
+        if series:
+            panels.append(Panel(tensor=tensor, series=series))
+    return panels
 
 
 def decay_bin(nats: float) -> float:

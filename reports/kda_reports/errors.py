@@ -127,6 +127,16 @@ class WorstCase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DtypeRow:
+    """One implementation on inputs of one dtype: by tensor the largest score, and how many were measured."""
+
+    standing: Standing
+    dtype: str
+    precision: str
+    largest: Mapping[str, tuple[float | None, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Everything the page says, before it is drawn."""
 
@@ -154,6 +164,19 @@ def summarise(runs: Sequence[Run]) -> Summary:
         worst_cases=_worst_cases(standings),
         declared=_breaches(standings, ("xfail",)),
     )
+
+
+def by_dtype(standings: Sequence[Standing]) -> list[DtypeRow]:
+    """Return the largest score of each tensor by implementation and input dtype."""
+    rows = []
+    for standing in standings:
+        groups: dict[tuple[str, str], dict[str, list[float | None]]] = {}
+        for one in standing.run.measures:
+            groups.setdefault((one.dtype, one.precision), {}).setdefault(one.tensor, []).append(one.score)
+        for (dtype, precision), scores in sorted(groups.items()):
+            largest = {tensor: (max(found, key=gravity), len(found)) for tensor, found in scores.items()}
+            rows.append(DtypeRow(standing=standing, dtype=dtype, precision=precision, largest=largest))
+    return rows
 
 
 def gravity(score: float | None) -> float:

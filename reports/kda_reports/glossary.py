@@ -22,3 +22,15 @@ GLOSSARY = {
     "accumulated decay": "Minus the sum of log decays since the sequence began, averaged over channels, in nats.",
     "envelope": "The largest value over all calls, position by position. It is a maximum, never an average.",
 }
+
+# The words of the dashboard; ``docs/history.md`` says how each is decided.
+TREND_GLOSSARY = {
+    "series": "What was measured alike on one machine: the same call, metric, seed and device, commit after commit.",
+    "significant": "Stands out of the noise of its own series.",
+    "relevant": "Large enough, relative and absolute, to be worth a person's time.",
+    "worse, better": "A change since then that is both significant and relevant.",
+    "mixed": "Some series are worse and some better.",
+    "not comparable": "Not measured on this machine both then and now, or too few values to tell noise from change.",
+    "unconfirmed": "A step of which fewer than five commits are seen.",
+    "drift": "A straight line explains the series better than steps do, so no commit is to blame.",
+}

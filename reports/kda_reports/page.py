@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kda_reports import charts
-from kda_reports.envelopes import SMALLEST_DECAY, decay_panels, token_panels
-from kda_reports.errors import summarise
+from kda_reports.errors import by_dtype, summarise
+from kda_reports.figures import figures
 from kda_reports.glossary import GLOSSARY
+from kda_reports.heatmaps import heat_maps
 from kda_reports.kills import count_kills
+from kda_reports.pairs import pair
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kda_reports.envelopes import Panel
-    from kda_reports.errors import Cell, Standing
+    from kda_reports.errors import Cell
     from kda_reports.rows import Run, Verdict
 
 INFINITE, NOT_A_NUMBER = "\N{INFINITY}", "NaN"
@@ -55,34 +55,6 @@ SMALLEST_SHOWN = 0.005
 LONGEST_MESSAGE = 1200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """Panels that share their axes, and what must be known to read them.
-
-    Attributes
-    ----------
-    identifier
-        Anchor on the page.
-    caption
-        What is plotted.
-    x_name
-        Column head of the position in the table beside each panel.
-    panels
-        Each with its drawing.
-    """
-
-    identifier: str
-    title: str
-    caption: str
-    x_name: str
-    panels: Sequence[tuple[Panel, Markup]]
-
-    @property
-    def num_measures(self) -> int:
-        """Return how many measured tensors the figure shows."""
-        return sum(series.num_measures for panel, _ in self.panels for series in panel.series)
-
-
 def render_errors(runs: Sequence[Run], sources: Sequence[str]) -> str:
     """Render the error report.
 
@@ -104,7 +76,10 @@ def render_errors(runs: Sequence[Run], sources: Sequence[str]) -> str:
         .get_template("errors.html")
         .render(
             summary=summary,
-            figures=_figures(summary.standings),
+            figures=figures(summary.standings),
+            by_dtype=by_dtype(summary.standings),
+            heat_maps=heat_maps(summary.standings),
+            pair=pair(summary.standings),
             cell_class=cell_class,
             words=WORDS,
             signs=SIGNS,
@@ -214,56 +189,6 @@ def cell_class(cell: Cell) -> str:
     if cell.outcome != "pass" or score is None:
         return cell.outcome
     return f"pass shade-{sum(score > limit for limit in SHADES)}"
-
-
-def _figures(standings: Sequence[Standing]) -> list[Figure]:
-    names = [standing.name for standing in standings]
-    tokens, decays = token_panels(standings), decay_panels(standings)
-    token_frame = charts.Frame(
-        names=names,
-        top=charts.top_of(tokens),
-        x_title="token",
-        x_domain=(0.0, max(_largest_x(tokens), 1.0)),
-        log_x=False,
-    )
-    decay_frame = charts.Frame(
-        names=names,
-        top=charts.top_of(decays),
-        x_title="accumulated decay (nats)",
-        x_domain=(SMALLEST_DECAY, max(_largest_x(decays), 1.0)),
-        log_x=True,
-    )
-    return [
-        Figure(
-            identifier="by-token",
-            title="Along the sequence",
-            caption="Largest error over bound at each token position: the maximum over all calls, heads and channels.",
-            x_name="first token",
-            panels=_drawn(tokens, token_frame),
-        ),
-        Figure(
-            identifier="by-decay",
-            title="Against accumulated decay",
-            caption="Largest error over bound against the decay accumulated since the sequence began, averaged over "
-            "channels (nats, logarithmic axis; the leftmost bin holds all that is less).",
-            x_name="decay from (nats)",
-            panels=_drawn(decays, decay_frame),
-        ),
-    ]
-
-
-def _drawn(panels: Sequence[Panel], frame: charts.Frame) -> list[tuple[Panel, Markup]]:
-    # The only foreign text in a drawing are names of implementations, which the renderer escapes.
-    return [(panel, Markup(without_namespaces(charts.draw(panel, frame)))) for panel in panels]  # noqa: S704
-
-
-def _largest_x(panels: Sequence[Panel]) -> float:
-    return max((x for panel in panels for series in panel.series for x, _ in series.points), default=0.0)
-
-
-def without_namespaces(svg: str) -> str:
-    """Drop the namespace addresses, which an SVG inside HTML does not need: the page then holds no address at all."""
-    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
 
 
 def commit_of(fingerprint: Mapping[str, object]) -> str:

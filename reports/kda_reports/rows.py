@@ -45,6 +45,8 @@ class Verdict:
         Why it failed or was not run; empty for a pass.
     reproduction
         The command that runs it again; may be empty.
+    reason
+        Why a failure is declared, and its issue; empty otherwise.
     """
 
     law: str
@@ -56,6 +58,7 @@ class Verdict:
     score: float | None
     message: str
     reproduction: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,12 @@ class Measure:
         ``(first token of a bin, largest error over bound in it)``.
     by_decay
         ``(decay accumulated since the sequence began in nats, largest error over bound there)``.
+    by_channel
+        Largest error over bound by value head (rows) and channel (columns); empty for a tensor without the two.
+    head_step, channel_step
+        How many heads and channels an entry of it stands for.
+    shape
+        Sizes of the call by letter.
     regime
         Name of the gate regime.
     """
@@ -91,6 +100,10 @@ class Measure:
     bound: float
     by_token: tuple[tuple[float, float], ...]
     by_decay: tuple[tuple[float, float], ...]
+    by_channel: tuple[tuple[float, ...], ...]
+    head_step: int
+    channel_step: int
+    shape: Mapping[str, int]
     regime: str
     reproduction: str
 
@@ -134,6 +147,8 @@ class Run:
         What the rows of the run have in common.
     started
         ISO time.
+    seed
+        Which draw of every call was judged.
     fingerprint
         Machine, library versions, commit and dirty flag.
     finish
@@ -147,6 +162,7 @@ class Run:
     version: str
     effort: str
     started: str
+    seed: int
     device: str
     claims: Mapping[str, object]
     fingerprint: Mapping[str, object]
@@ -231,6 +247,7 @@ def _run(row: Fields, identifier: str) -> Run:
         version=row.get("version", str),
         effort=row.get("effort", str),
         started=row.get("started", str),
+        seed=row.get("seed", int),
         device=row.get("device", str),
         claims=row.get("claims", dict),
         fingerprint=row.get("fingerprint", dict),
@@ -260,11 +277,14 @@ def _verdict(row: Fields) -> Verdict:
         score=None if row.get("score", object) is None else row.number("score"),
         message=row.get("message", str),
         reproduction=row.get("reproduction", str),
+        # Rows of before the reason was told have none.
+        reason=row.get("reason", str) if "reason" in row.fields else "",
     )
 
 
 def _measure(row: Fields) -> Measure:
     worst = row.inner("worst")
+    channels = row.inner("by_channel") if row.fields.get("by_channel") is not None else None
     return Measure(
         law=row.get("law", str),
         case=row.get("case", str),
@@ -279,6 +299,10 @@ def _measure(row: Fields) -> Measure:
         bound=worst.number("bound"),
         by_token=row.pairs("by_token"),
         by_decay=row.pairs("by_decay"),
+        by_channel=channels.table("ratios") if channels else (),
+        head_step=channels.get("head_step", int) if channels else 1,
+        channel_step=channels.get("channel_step", int) if channels else 1,
+        shape=row.counts("shape"),
         regime=row.get("regime", str),
         reproduction=row.get("reproduction", str),
     )
@@ -343,6 +367,19 @@ class Fields:
         """Return an object of whole numbers."""
         inner = self.inner(name)
         return {key: inner.get(key, int) for key in inner.fields}
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Return a list of numbers."""
+        return tuple(self._number(name, value) for value in self.get(name, list))
+
+    def table(self, name: str) -> tuple[tuple[float, ...], ...]:
+        """Return a list of lists of numbers, all of one length."""
+        found: list[tuple[float, ...]] = []
+        for line in self.get(name, list):
+            if not isinstance(line, list) or (found and len(line) != len(found[0])):
+                raise self.error(name, "hold lists of one length", repr(line))
+            found.append(tuple(self._number(name, value) for value in line))
+        return tuple(found)
 
     def pairs(self, name: str) -> tuple[tuple[float, float], ...]:
         """Return a list of pairs of numbers."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from kda_reports import timing_charts
-from kda_reports.page import commit_of, side_by_side, templates, without_namespaces
+from kda_reports import charts, timing_charts
+from kda_reports.page import commit_of, side_by_side, templates
 from kda_reports.timings import KDA, comparisons, operator_ratios
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _figures(timings: Sequence[Timing], names: Sequence[str]) -> list[Figure]:
 def _drawn(panels: Sequence[Comparison], names: Sequence[str], unit: float) -> list[tuple[Comparison, Markup]]:
     # The only foreign text in a drawing are names of implementations, which the renderer escapes.
     return [
-        (panel, Markup(without_namespaces(timing_charts.draw(panel, names, unit=unit))))  # noqa: S704
+        (panel, Markup(charts.without_namespaces(timing_charts.draw(panel, names, unit=unit))))  # noqa: S704
         for panel in panels
     ]
 

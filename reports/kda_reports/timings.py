@@ -24,13 +24,18 @@ FEWEST_POINTS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Repeated measurements of the time of a call, in seconds: median, its median absolute deviation, quartiles, how many."""
+    """Repeated measurements of the time of a call, in seconds: median, its median absolute deviation, quartiles, all of them."""
 
     median: float
     mad: float
     q1: float
     q3: float
-    num_samples: int
+    samples: tuple[float, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Return how many times it was measured."""
+        return len(self.samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +44,8 @@ class Timing:
 
     Attributes
     ----------
-    run, started, device, implementation, version
-        Who, when, where.
+    run, started, device, implementation, version, seed
+        Who, when, where, on which draw of the inputs.
     operator
         ``KDA``, or that of another recurrence, which is not judged.
     workload, labels, pass_name, mode, gate, dtype
@@ -62,6 +67,7 @@ class Timing:
     device: str
     implementation: str
     version: str
+    seed: int
     operator: str
     workload: str
     labels: tuple[str, ...]
@@ -147,6 +153,7 @@ def _timing(row: Fields) -> Timing:
         device=row.get("device", str),
         implementation=row.get("implementation", str),
         version=row.get("version", str),
+        seed=row.get("seed", int),
         operator=row.get("operator", str),
         workload=row.get("workload", str),
         labels=tuple(map(str, row.get("labels", list))),
@@ -175,7 +182,7 @@ def _spread(row: Fields) -> Spread:
         mad=row.number("mad"),
         q1=row.number("q1"),
         q3=row.number("q3"),
-        num_samples=len(row.get("samples", list)),
+        samples=row.numbers("samples"),
     )
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from kda_reports.__main__ import app
+from kda_reports.command import app
 from synthetic_rows import GOLDEN, closed, lines, verdict_row
 from typer.testing import CliRunner
 

@@ -25,7 +25,8 @@ def run_of(name: str, kind: str, outcomes: dict[str, str], score: float | None =
         "argument": "",
     }
     opening = {
-        "kind": "run", "schema": 1, **common, "version": "1", "effort": "quick", "started": "2026-01-01T00:00:00", "device": "cpu",
+        "kind": "run", "schema": 1, **common, "version": "1", "effort": "quick", "seed": 0,
+        "started": "2026-01-01T00:00:00", "device": "cpu",
         "claims": {}, "fingerprint": {"commit": "abc", "dirty": False}, "planted": planted,
     }  # fmt: skip
     verdicts = [

@@ -158,7 +158,7 @@ def test_states_are_told_by_words_not_only_by_colour(page: str) -> None:
 
 def test_every_figure_states_its_data_commit_number_and_bound(page: str) -> None:
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
-    assert len(captions) == 2
+    assert len(captions) == 6
     for caption in captions:
         for part in (
             "rows.jsonl",

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from kda_reports.__main__ import app
+from kda_reports.command import app
 from kda_reports.rows import RowError
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import comparisons, operator_ratios, read_timings
