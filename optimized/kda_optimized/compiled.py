@@ -46,9 +46,9 @@ def sample(dtype: torch.dtype, width: int) -> KdaInputs:
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, g = new(1, 1024, 16, width), new(16, dtype=torch.float32)
+    q, g = new(1, 2048, 16, width), new(16, dtype=torch.float32)
     return KdaInputs(
-        q=q, k=q, v=q, g=q, beta=new(1, 1024, 16), A_log=g, dt_bias=new(16 * width, dtype=torch.float32),
+        q=q, k=q, v=q, g=q, beta=new(1, 2048, 16), A_log=g, dt_bias=new(16 * width, dtype=torch.float32),
         initial_state=new(1, 16, width, width, dtype=torch.float32),
         use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
     )  # fmt: skip
