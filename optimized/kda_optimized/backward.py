@@ -205,6 +205,7 @@ def _gradients(
         **shared, **rows._asdict(), **call.tensors("q", "k", "g"), **call.gate(), **states.arguments("states", "state_scales"),
         **dstates.arguments("dstates", "dstate_scales"), **call.pick("H"), "dq": dq, "dk": dk, "dg": found["g"],
         "dA_parts": slope_parts, "dbias_parts": bias_parts, "chunk_offsets": call.schedule.chunk_offsets,
+        "BC": tile(call.config(kda_chunk_bwd_channels_kernel).block_k, padded(sizes["K"])),
         "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
         "PULL_NORM": x.use_qk_l2norm_in_kernel and not shared_heads,
     }  # fmt: skip

@@ -63,14 +63,13 @@ def kda_chunk_bwd_channels_kernel(
     first_span,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_ob, stride_ot, stride_oh, stride_ov, scale, lower_bound, T,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    EXACT: tl.constexpr, HAS_DO: tl.constexpr, USE_L2NORM: tl.constexpr, PULL_NORM: tl.constexpr, USE_GATE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr, USE_L2NORM: tl.constexpr, PULL_NORM: tl.constexpr, USE_GATE: tl.constexpr,
     BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one span and value head; those of q and k before the norm where PULL_NORM, else of its results."""
     N: tl.constexpr = BT // STRIP
     NV: tl.constexpr = (V + BV - 1) // BV
-    BC: tl.constexpr = min(BK, 32)
     W: tl.constexpr = BK // BC
     i_p = tl.program_id(0) // G
     i_s = first_span + i_p
