@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SPANS = (64, 32, 16)
 ROWS_PER_PROGRAM = 32
-# Gradients of pairs are written and read back at once: as many spans at a time as a cache holds, and fill a device.
-SCRATCH_BYTES = 2**25
+# Gradients of pairs are written and read back at once: as many spans at a time as fill a device several times and hardly outgrow its cache.
+SCRATCH_BYTES = 2**26
 
 
 class Rows(NamedTuple):

@@ -3,14 +3,13 @@
 
 In the last chunkwise kernel everything is a sum over tokens or over value channels, none over key channels. With channels first, a
 strip is the left operand of all sums over its tokens, and results of products are laid out as left operands are: nothing leaves
-the registers of a warp but matrices of pairs ``[16, 16]``, which all slabs share. Pairs are multiplied in tf32, which needs neither scales,
-which would have to be those of tokens, nor conversions. Sums over tokens are exact but for the splitting of their terms.
+the registers of a warp but matrices of pairs ``[16, 16]``, which all slabs share.
 """
 
 import triton
 import triton.language as tl
 
-from kda_optimized.products import round_tf32, scaled_columns, split
+from kda_optimized.products import scaled_columns, split
 
 STRIP = tl.constexpr(16)
 
@@ -44,11 +43,17 @@ def zero_product(W: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def add_pairs(b_o, b_a, b_x, EXACT: tl.constexpr):
-    """Return ``o + a x^T`` for float32 tiles ``a`` ``[W, BC, 16]`` and ``x`` ``[W, 16, 16]``, in tf32 unless ``EXACT``."""
-    if not EXACT:
-        b_a = round_tf32(b_a)
-        b_x = round_tf32(b_x)
-    return tl.dot(b_a, tl.permute(b_x, (0, 2, 1)), b_o, input_precision="ieee" if EXACT else "tf32")
+    """Return ``o + a x^T`` for float32 tiles ``a`` ``[W, BC, 16]`` and ``x`` ``[W, 16, 16]``, split."""
+    if EXACT:
+        b_o = tl.dot(b_a, tl.permute(b_x, (0, 2, 1)), b_o, input_precision="ieee")
+    else:
+        b_ah, b_al = split(b_a)
+        b_xh, b_xl = split(b_x)
+        b_xh = tl.permute(b_xh, (0, 2, 1))
+        b_o = tl.dot(b_al, b_xh, b_o)
+        b_o = tl.dot(b_ah, tl.permute(b_xl, (0, 2, 1)), b_o)
+        b_o = tl.dot(b_ah, b_xh, b_o)
+    return b_o
 
 
 @triton.jit

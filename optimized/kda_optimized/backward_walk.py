@@ -81,6 +81,11 @@ def kda_chunk_bwd_walk_kernel(
     b_b = tl.load(p_token + BETA * CHUNK, mask=m_t, other=0.0)
     b_entry = tl.load(p_decay, mask=m_more, other=0.0)
     b_total = tl.load(p_decay + BK, mask=m_more, other=0.0)
+    # What reaches Y from the chunk's own outputs is multiplied out a chunk ahead, too.
+    b_Y = tl.zeros((BV, CHUNK), dtype=tl.float32)
+    if HAS_DO & (n_c > 0):
+        i_cg = (c_0 + n_c - 1) * G + i_g
+        b_Y += pair_planes(b_do, mix + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
     for i_r in range(n_c):
         i_t = n_c - 1 - i_r
         i_cg = (c_0 + i_t) * G + i_g
@@ -101,10 +106,9 @@ def kda_chunk_bwd_walk_kernel(
         b_b_next = tl.load(p_token + BETA * CHUNK, mask=m_next, other=0.0)
         b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
         b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
-        b_Y = read_product(b_dS, b_p, b_ps, EXACT)
+        b_Y += read_product(b_dS, b_p, b_ps, EXACT)
         b_dS = b_dS * b_total[None, :]
         if HAS_DO:
-            b_Y += pair_planes(b_do, mix + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
             b_dS += write_product(b_do, b_qs, tl.load(q_rows + i_cg * (CHUNK * BK) + o_tk), EXACT)
         b_dv = b_Y * b_b[None, :]
         b_dS -= write_product(b_dv, b_ks, b_k, EXACT)
@@ -113,6 +117,10 @@ def kda_chunk_bwd_walk_kernel(
         m_vt = m_v[:, None] & m_t[None, :]
         tl.store(dv + i_tg * V + o_y, b_dv, mask=m_vt)
         store_columns(pulled + i_tg * V + o_y, pulled_scales + i_tg * NV + o_ys, b_Y, m_vt, m_t, EXACT)
+        b_Y = tl.zeros((BV, CHUNK), dtype=tl.float32)
+        if HAS_DO:
+            i_cg = (c_0 + tl.maximum(i_t - 1, 0)) * G + i_g
+            b_Y += pair_planes(b_do_next, mix + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
         b_do, b_qs, b_ks, b_ps, b_b, b_entry, b_total = (
             b_do_next, b_qs_next, b_ks_next, b_ps_next, b_b_next, b_entry_next, b_total_next,
         )  # fmt: skip
