@@ -52,21 +52,19 @@ def kda_chunk_bwd_pairs_kernel(
     b_x = load_column(beta, i_b, i_g, t_0, o_t, m_t, stride_bb, stride_bt, stride_bh)
     b_b = strength(b_x, USE_SIGMOID, CEILING)
     b_dP = tl.zeros((BT, BT), dtype=tl.float32)
-    b_dL = tl.zeros((BT, BT), dtype=tl.float32)
-    b_db = tl.zeros((BT,), dtype=tl.float32)
+    b_Ye = tl.zeros((BT, BT), dtype=tl.float32)
     for i_v in range(NV):
         o_v = i_v * BV + tl.arange(0, BV)
         b_e, b_es = load_scaled(errors, error_scales, i_tg, o_t, o_v, i_v, m_t, G, V, NV)
         b_Y, b_Ys = load_scaled(pulled, pulled_scales, i_tg, o_t, o_v, i_v, m_t, G, V, NV)
-        b_db += tl.sum(b_Y.to(tl.float32) * b_e.to(tl.float32), axis=1) * b_es * b_Ys
-        b_ws = (b_es * b_b)[None, :]
-        b_dL -= tl.dot(b_Y, tl.trans(b_e), input_precision="ieee") * (b_Ys * b_b)[:, None] * b_ws
+        b_Ye += tl.dot(b_Y, tl.trans(b_e), input_precision="ieee") * b_Ys[:, None] * b_es[None, :]
         if HAS_DO:
             m_tv = m_t[:, None] & (o_v < V)[None, :]
             b_do = load_tile(do, i_b, i_g, t_0, o_t, o_v, m_tv, stride_ob, stride_ot, stride_oh, stride_ov)
             b_do, b_dos = operand_rows(b_do, EXACT)
-            b_dP += tl.dot(b_do, tl.trans(b_e), input_precision="ieee") * b_dos[:, None] * b_ws
+            b_dP += tl.dot(b_do, tl.trans(b_e), input_precision="ieee") * b_dos[:, None] * b_es[None, :]
     p_tt = dscores + (i_s.to(tl.int64) * G + i_g) * (2 * BT * BT) + o_t[:, None] * BT + o_t[None, :]
-    tl.store(p_tt, b_dP)
-    tl.store(p_tt + BT * BT, b_dL)
+    tl.store(p_tt, b_dP * b_b[None, :])
+    tl.store(p_tt + BT * BT, -b_Ye * b_b[:, None] * b_b[None, :])
+    b_db = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_Ye, 0.0), axis=1)
     tl.store(dbeta + i_tg + o_t * G, strength_pullback(b_db, b_x, USE_SIGMOID, CEILING), mask=m_t)
