@@ -68,7 +68,7 @@ GROUPS = (
     Group(80, 2, throughout=True),
     Group(128, 2),
 )
-NEAREST_CHUNKS = (64, 128)
+NEAREST_CHUNKS = (16, 64, 128)
 TRUNCATED_CHUNKS = (16, 48, 64, 128)
 NUM_CHUNKWISE = sum(group.size for group in GROUPS)
 SMOOTHING_WIDTH = 17
@@ -230,8 +230,8 @@ def _gain_rms(
         for group in (members, to_nearest, systematic)
     ]
     # To the nearest, a row times a decay close to one is the row again, whatever the element: an error that all share, where random
-    # rounding averages it away.
-    random = max(sum(squares[0]) / NUM_CHUNKWISE, sum(squares[1]) / len(NEAREST_CHUNKS))
+    # rounding averages it away. Each such run is what a correct implementation may be; of a stored state the shortest chunks lose most.
+    random = max(sum(squares[0]) / NUM_CHUNKWISE, *squares[1], 0.0)
     square = unit**2 * (random + sum(squares[2]))
     square += (float(((entry.variance - entry.strict_variance) * direction**2).sum()) ** 0.5 / length) ** 2
     reference = float((bound * direction.abs()).sum()) / length

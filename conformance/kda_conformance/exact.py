@@ -1,7 +1,8 @@
 """Calls whose arithmetic is exact in every dtype, so that any correct implementation must agree bit for bit.
 
-One-hot queries and keys, zero log decay, beta in {0, 1}, small integers in v and S_0, scale a power of two: every intermediate of any chunk
-size, order and precision is an integer that bfloat16 holds.
+One-hot queries and keys, zero log decay, beta in {0, 1}, integers in v and S_0, scale a power of two: every intermediate of any chunk
+size and order is an integer that the claimed arithmetic holds. What is written is the difference of two such integers, which takes every
+bit of an operand: one that is rounded to a coarser format shows at once, where a budget sees it only among all other roundings.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from kda_reference import KdaInputs
 
+from kda_conformance.arithmetic import CLASSES, SIGNIFICAND_BITS
 from kda_conformance.cases import Case, move
 from kda_conformance.claims import DTYPES
+from kda_conformance.judge import SIGNIFICAND
 from kda_conformance.regimes import Draw
 from kda_conformance.subject import Call
 
@@ -22,9 +25,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from kda_conformance.arithmetic import Arithmetic
     from kda_conformance.claims import Claims
 
-LARGEST_INTEGER = 7
+# Sums of all of a call's differences, in any order, are to be exact in float32.
+MOST_BITS = 16
 SIZES = ((20, 1, 1, 8, 8), (70, 1, 2, 16, 24), (130, 2, 2, 16, 16), (64, 1, 1, 32, 17))
 
 
@@ -51,15 +56,22 @@ def problems(dtype: str, device: str, claims: Claims, seed: int) -> Iterator[Exa
         ).redrawn(seed)
         if case.unclaimed(claims) not in (None, "initial_state"):
             continue
-        yield _problem(case, dtype, device, with_state=claims.initial_state)
+        largest = largest_integer(dtype, CLASSES[claims.precision[dtype]])
+        yield _problem(case, dtype, device, largest, with_state=claims.initial_state)
 
 
-def _problem(case: Case, dtype: str, device: str, *, with_state: bool) -> ExactProblem:
+def largest_integer(dtype: str, arithmetic: Arithmetic) -> int:
+    """Return the largest integer such that inputs and operands hold the difference of any two up to it."""
+    operand_bits = SIGNIFICAND_BITS[arithmetic.operand or arithmetic.storage]
+    return (1 << min(operand_bits, SIGNIFICAND[DTYPES[dtype]], MOST_BITS) - 1) - 1
+
+
+def _problem(case: Case, dtype: str, device: str, largest: int, *, with_state: bool) -> ExactProblem:
     draw, length = Draw(case.seed), case.num_tokens
     q_index, k_index = ((draw.uniform((length, case.H)) * case.K).long() for _ in range(2))
-    v_TGV = (draw.uniform((length, case.G, case.V)) * (2 * LARGEST_INTEGER + 1)).floor() - LARGEST_INTEGER
+    v_TGV = (draw.uniform((length, case.G, case.V)) * (2 * largest + 1)).floor() - largest
     beta_TG = (draw.uniform((length, case.G)) < 0.6).double()  # noqa: PLR2004 - share of writes
-    state_GKV = (draw.uniform((case.G, case.K, case.V)) * (2 * LARGEST_INTEGER + 1)).floor() - LARGEST_INTEGER
+    state_GKV = (draw.uniform((case.G, case.K, case.V)) * (2 * largest + 1)).floor() - largest
     if not with_state:
         state_GKV = torch.zeros_like(state_GKV)
     torch_dtype = DTYPES[dtype]

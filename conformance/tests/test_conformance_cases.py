@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kda_conformance import battery, exact, strategies
+from kda_conformance.arithmetic import CLASSES
 from kda_conformance.cases import Case
 from kda_conformance.claims import Claims, UsageError
 from kda_reference import check_inputs, check_values
@@ -33,6 +34,24 @@ def test_another_draw_changes_every_tensor_that_is_drawn(case: Case) -> None:
 def test_another_draw_reaches_the_exact_problems() -> None:
     one, two = (next(exact.problems("float32", "cpu", Claims(), seed)) for seed in (0, 1))
     assert not torch.equal(one.inputs.v, two.inputs.v)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arithmetic", "bits"),
+    [("bfloat16", "bf16", 8), ("bfloat16", "fp32", 8), ("float16", "fp16", 11), ("float32", "tf32", 11)],
+)
+def test_exact_problems_take_every_bit_of_an_operand_and_no_more(dtype: str, arithmetic: str, bits: int) -> None:
+    largest = exact.largest_integer(dtype, CLASSES[arithmetic])
+    assert 2 * largest < 2**bits <= 2 * (largest + 1)
+    for problem in exact.problems(dtype, "cpu", Claims(precision={dtype: arithmetic}), 0):
+        state = problem.inputs.initial_state
+        assert state is not None
+        assert largest * 0.9 < max(problem.inputs.v.abs().max(), state.abs().max()) <= largest
+
+
+def test_sums_of_all_differences_of_an_exact_problem_are_exact_in_float32() -> None:
+    largest = exact.largest_integer("float32", CLASSES["fp32"])
+    assert max(length for length, *_ in exact.SIZES) * 2 * largest < 2**24
 
 
 @given(data=st.data())
