@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kda_reports.rows import Fields
+from kda_reports.fields import Fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,20 +88,19 @@ class Measurement:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields as the row names them."""
-        found = asdict(self)
-        found["pass"] = found.pop("pass_name")
-        return {"schema": SCHEMA, **{name: _plain(value) for name, value in found.items()}}
+        names = {field.name: "pass" if field.name == "pass_name" else field.name for field in fields(self)}
+        return {"schema": SCHEMA, **{name: _plain(getattr(self, own)) for own, name in names.items()}}
 
     @property
     def series(self) -> str:
         """Return the identifier that all numbers comparable with this one share."""
-        fields = self.fields()
-        return _digest({name: fields[name] for name in SERIES})
+        row = self.fields()
+        return _digest({name: row[name] for name in SERIES})
 
     def line(self) -> str:
         """Return the row as the store holds it, a line without its end."""
-        fields = self.fields()
-        return json.dumps({"id": _digest(fields), **fields}, allow_nan=False)
+        row = self.fields()
+        return json.dumps({"id": _digest(row), **row}, allow_nan=False)
 
 
 def parse(line: str, where: str) -> Measurement:

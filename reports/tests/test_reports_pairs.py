@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kda_reports.envelopes import power_of_two, quantile_panels, size_panels
 from kda_reports.errors import Standing, by_dtype, summarise
+from kda_reports.fields import RowError
 from kda_reports.heatmaps import heat_maps
 from kda_reports.page import render_errors
 from kda_reports.pairs import NUM_DIFFERENCES, pair
-from kda_reports.rows import RowError, read_rows
+from kda_reports.rows import read_rows
 from synthetic_rows import closed, lines, measure_row, verdict_row
 
 if TYPE_CHECKING:

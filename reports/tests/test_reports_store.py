@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kda_reports.fields import RowError
 from kda_reports.measurement import Measurement, parse
-from kda_reports.rows import RowError
 from kda_reports.store import COLUMNS, SET_ASIDE, Store, queried
 from synthetic_history import measured
 
