@@ -89,7 +89,7 @@ class Measurement:
     def fields(self) -> dict[str, Any]:
         """Return the fields as the row names them."""
         names = {field.name: "pass" if field.name == "pass_name" else field.name for field in fields(self)}
-        return {"schema": SCHEMA, **{name: _plain(getattr(self, own)) for own, name in names.items()}}
+        return {"schema": SCHEMA, **{name: plain(getattr(self, own)) for own, name in names.items()}}
 
     @property
     def series(self) -> str:
@@ -186,12 +186,14 @@ def _optional(row: Fields, name: str, wanted: type[Any]) -> Any:  # noqa: ANN401
     return None if row.get(name, object) is None else row.get(name, wanted)
 
 
-def _plain(value: object) -> object:
-    """Return a value as rows write it: non-finite numbers are strings, tuples are lists."""
+def plain(value: Any) -> Any:  # noqa: ANN401 - any value
+    """Return a value as JSON takes it: non-finite numbers are the strings that rows have for them, tuples are lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
