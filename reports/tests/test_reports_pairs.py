@@ -169,6 +169,12 @@ def test_a_distribution_ends_in_the_largest_score_and_never_falls(scores: list[f
     assert len(points) <= 40
 
 
+def test_every_output_and_gradient_has_a_distribution(standings_of: StandingsOf) -> None:
+    tensors = ("final_state", "dA_log", "o", "dq")
+    panels = quantile_panels(standings_of(a=[measure_row("a", "one", tensor, 0.1) for tensor in tensors]))
+    assert [panel.tensor for panel in panels] == ["o", "dq", "final_state", "dA_log"]
+
+
 def test_scores_are_told_by_dtype_and_tensor(standings_of: StandingsOf) -> None:
     rows = [
         measure_row("a", "one", "o", 0.2),
