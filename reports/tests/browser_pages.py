@@ -29,7 +29,7 @@ PLANTED = {"kind": "bug", "what": "a sign", "trigger": "any call", "source": "ow
 
 
 def chromium() -> str | None:
-    """Return the Chromium of this machine, or ``None``; Debian's package is called ``chromium``."""
+    """Return the Chromium of this machine, Debian's package ``chromium`` or what ``KDA_CHROMIUM`` names, or ``None``."""
     return os.environ.get("KDA_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
