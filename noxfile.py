@@ -116,6 +116,16 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Open the pages of all reports in the machine's Chromium; nox -s browser -- --screenshots makes the documents' pictures anew."""
+    install(session, "--editable", ".[reports]", *nox.project.dependency_groups(GROUPS, "browser"), group="test")
+    if session.posargs[:1] == ["--screenshots"]:
+        session.run("python", "reports/tests/screenshots.py", *session.posargs[1:])
+    else:
+        session.run("pytest", "reports/tests/test_reports_browser.py", *session.posargs)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Time implementations side by side, each judged first: nox -s bench -- --quick; tiny sizes where there is no GPU."""
     if shutil.which("nvidia-smi"):

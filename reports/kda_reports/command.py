@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kda_reports.dashboard import render_dashboard
+from kda_reports.fields import RowError
 from kda_reports.history_command import STORE, StoreOption, history, read_naming, refusing
 from kda_reports.page import render_errors, render_mutants
-from kda_reports.rows import RowError, read_rows
+from kda_reports.rows import read_rows
 from kda_reports.store import Store
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import read_timings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from kda_reports.rows import RowError
+from kda_reports.fields import RowError
 from kda_reports.steps import LEAST_COMMITS, is_relevant, noise, verdict
 
 if TYPE_CHECKING:

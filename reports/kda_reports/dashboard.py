@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from kda_reports import charts, trend_charts
 from kda_reports.findings import WORDS, changed_versions, findings
 from kda_reports.glossary import TREND_GLOSSARY
 from kda_reports.markdown import findings_markdown
+from kda_reports.measurement import plain
 from kda_reports.metrics import METRICS, PAGES
 from kda_reports.page import templates
 from kda_reports.quantities import percent, quantity
@@ -157,15 +157,5 @@ def _json(found: Findings) -> str:
         for finding in found.each
     ]
     return json.dumps(
-        _plain({"then": found.then, "days": found.days, "word": found.word, "series": series}), allow_nan=False
+        plain({"then": found.then, "days": found.days, "word": found.word, "series": series}), allow_nan=False
     )
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -84,8 +84,9 @@ def power_of_two(size: float) -> float:
 
 def quantile_panels(standings: Sequence[Standing]) -> list[Panel]:
     """Return the score that a share of the measurements does not exceed, a panel per tensor; the last point is the largest."""
+    measured = (one.tensor for standing in standings for one in standing.run.measures)
     panels = []
-    for tensor in TENSORS:
+    for tensor in dict.fromkeys([*TENSORS, *measured]):
         series = []
         for standing in standings:
             scores = sorted(gravity(one.score) for one in standing.run.measures if one.tensor == tensor)

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kda_reports.comparison import compare
+from kda_reports.fields import RowError
 from kda_reports.intake import take
 from kda_reports.markdown import comparison_markdown
-from kda_reports.rows import RowError
 from kda_reports.store import Store, queried
 from kda_reports.trends import trends
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kda_reports.errors import gravity, summarise
+from kda_reports.fields import Fields, RowError, each_row
 from kda_reports.measurement import COMMIT, SOURCES, Measurement, moment
 from kda_reports.metrics import METRICS
-from kda_reports.rows import Fields, RowError, each_row, read_rows
+from kda_reports.rows import read_rows
 from kda_reports.timings import read_timings
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kda_reports.rows import RowError
+from kda_reports.fields import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

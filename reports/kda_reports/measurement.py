@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from kda_reports.rows import Fields
+from kda_reports.fields import Fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,20 +88,19 @@ class Measurement:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields as the row names them."""
-        found = asdict(self)
-        found["pass"] = found.pop("pass_name")
-        return {"schema": SCHEMA, **{name: _plain(value) for name, value in found.items()}}
+        names = {field.name: "pass" if field.name == "pass_name" else field.name for field in fields(self)}
+        return {"schema": SCHEMA, **{name: plain(getattr(self, own)) for own, name in names.items()}}
 
     @property
     def series(self) -> str:
         """Return the identifier that all numbers comparable with this one share."""
-        fields = self.fields()
-        return _digest({name: fields[name] for name in SERIES})
+        row = self.fields()
+        return _digest({name: row[name] for name in SERIES})
 
     def line(self) -> str:
         """Return the row as the store holds it, a line without its end."""
-        fields = self.fields()
-        return json.dumps({"id": _digest(fields), **fields}, allow_nan=False)
+        row = self.fields()
+        return json.dumps({"id": _digest(row), **row}, allow_nan=False)
 
 
 def parse(line: str, where: str) -> Measurement:
@@ -187,12 +186,14 @@ def _optional(row: Fields, name: str, wanted: type[Any]) -> Any:  # noqa: ANN401
     return None if row.get(name, object) is None else row.get(name, wanted)
 
 
-def _plain(value: object) -> object:
-    """Return a value as rows write it: non-finite numbers are strings, tuples are lists."""
+def plain(value: Any) -> Any:  # noqa: ANN401 - any value
+    """Return a value as JSON takes it: non-finite numbers are the strings that rows have for them, tuples are lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

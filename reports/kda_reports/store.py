@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
+from kda_reports.fields import RowError
 from kda_reports.measurement import parse
-from kda_reports.rows import RowError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

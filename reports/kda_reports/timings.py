@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kda_reports.rows import SCHEMA, Fields, RowError, each_row
+from kda_reports.fields import Fields, RowError, each_row
+from kda_reports.rows import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

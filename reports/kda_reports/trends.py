@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kda_reports.fields import RowError
 from kda_reports.metrics import METRICS
-from kda_reports.rows import RowError
 from kda_reports.steps import course
 from kda_reports.store import queried
 

@@ -54,3 +54,10 @@ def test_a_torn_row_is_named_by_its_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["errors", str(rows), "--out", str(tmp_path / "report.html")])
     assert result.exit_code == 2
     assert "rows.jsonl line 3" in result.stderr
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    program = "import runpy, sys; sys.modules['duckdb'] = None; runpy.run_module('kda_reports', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: reports must have duckdb installed; run pip install 'kda-suite[reports]'\n"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import synthetic_timings
 from kda_reports.command import app
+from kda_reports.fields import RowError
 from kda_reports.intake import take
 from kda_reports.metrics import METRICS, PAGES
-from kda_reports.rows import RowError
 from kda_reports.store import Store
 from synthetic_history import commit, green, measured, noisy, timed
 from synthetic_rows import COMMIT, closed, lines, measure_row, run_row, verdict_row

@@ -6,9 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from kda_reports.fields import RowError
 from kda_reports.kills import count_kills
 from kda_reports.page import render_mutants
-from kda_reports.rows import RowError, read_rows
+from kda_reports.rows import read_rows
 
 if TYPE_CHECKING:
     from pathlib import Path

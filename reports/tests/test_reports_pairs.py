@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kda_reports.envelopes import power_of_two, quantile_panels, size_panels
 from kda_reports.errors import Standing, by_dtype, summarise
+from kda_reports.fields import RowError
 from kda_reports.heatmaps import heat_maps
 from kda_reports.page import render_errors
 from kda_reports.pairs import NUM_DIFFERENCES, pair
-from kda_reports.rows import RowError, read_rows
+from kda_reports.rows import read_rows
 from synthetic_rows import closed, lines, measure_row, verdict_row
 
 if TYPE_CHECKING:
@@ -166,6 +167,12 @@ def test_a_distribution_ends_in_the_largest_score_and_never_falls(scores: list[f
     for share, score in points:
         assert sum(one <= score for one in scores) >= share * len(scores) - 1e-9
     assert len(points) <= 40
+
+
+def test_every_output_and_gradient_has_a_distribution(standings_of: StandingsOf) -> None:
+    tensors = ("final_state", "dA_log", "o", "dq")
+    panels = quantile_panels(standings_of(a=[measure_row("a", "one", tensor, 0.1) for tensor in tensors]))
+    assert [panel.tensor for panel in panels] == ["o", "dq", "final_state", "dA_log"]
 
 
 def test_scores_are_told_by_dtype_and_tensor(standings_of: StandingsOf) -> None:

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from kda_reports.rows import RowError, read_rows
+from kda_reports.fields import RowError
+from kda_reports.rows import read_rows
 from synthetic_rows import (
     closed,
     finish_row,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kda_reports.fields import RowError
 from kda_reports.measurement import Measurement, parse
-from kda_reports.rows import RowError
 from kda_reports.store import COLUMNS, SET_ASIDE, Store, queried
 from synthetic_history import measured
 
@@ -22,6 +22,7 @@ from kda_reports.store import Store
 from synthetic_history import measured
 for i in range(20):
     Store(Path(sys.argv[1])).add([measured(i, 1.0, run=sys.argv[2], call=call) for call in "abc"])
+    Store(Path(sys.argv[1])).add([measured(i, 1.0, run="common")])
 """
 
 
@@ -58,14 +59,17 @@ def test_adding_never_changes_what_is_there(tmp_path: Path) -> None:
     assert store.path.read_bytes().startswith(before)
 
 
-def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    store = tmp_path / "history"
-    command = [sys.executable, "-c", WRITER, str(store)]
+def test_writers_at_once_lose_nothing_and_write_nothing_twice_while_another_prunes(tmp_path: Path) -> None:
+    store = store_of(tmp_path, 1.0)
+    command = [sys.executable, "-c", WRITER, str(store.folder)]
     writers = [subprocess.Popen([*command, f"run-{i}"], cwd=Path(__file__).parent) for i in range(3)]
-    assert [writer.wait() for writer in writers] == [0, 0, 0]
-    contents = Store(store).read()
-    assert contents.corrupt == []
-    assert len({row.line() for row in contents.rows}) == len(contents.rows) == 3 * 20 * 3
+    while any(writer.poll() is None for writer in writers):
+        store.prune(lambda _: True)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert store.read().corrupt == []
+    assert not (store.folder / SET_ASIDE).read_text()
+    lines = store.path.read_text().splitlines()
+    assert len(set(lines)) == len(lines) == 1 + 3 * 20 * 3 + 20
 
 
 @pytest.mark.parametrize("lost", [1, 7, 200])

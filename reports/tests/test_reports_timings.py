@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from kda_reports.command import app
-from kda_reports.rows import RowError
+from kda_reports.fields import RowError
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import comparisons, operator_ratios, read_timings
 from synthetic_rows import lines

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from kda_reports.comparison import Change, compare, overall
+from kda_reports.fields import RowError
 from kda_reports.markdown import MOST_LINES, comparison_markdown, escaped
 from kda_reports.quantities import percent, quantity
-from kda_reports.rows import RowError
 from kda_reports.trends import Series, trends
 from synthetic_history import GPU, commit, green, measured, noisy, timed
 
