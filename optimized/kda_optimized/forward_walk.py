@@ -102,6 +102,13 @@ def kda_chunk_fwd_walk_kernel(
             b_kwl = tl.load(rest_rows + i_cg * (PLANES * BT * BK) + BT * BK + o_tk)
             b_h, b_s = scaled_rows(b_S)
             b_u = b_vT.to(tl.float32) - tl.dot(b_h, tl.trans(b_k)) * b_s[:, None] * b_ks[None, :]
+            b_S = b_S * b_total[None, :]
+            b_uh, b_ul = split(b_u)
+            b_S = tl.dot(b_ul, b_kw, b_S)
+            b_S = tl.dot(b_uh, b_kwl, b_S)
+            b_S = tl.dot(b_uh, b_kw, b_S)
+            # Last, because the compiler lays out all products of a loop as it does the last: by the rows of this narrow one, so that
+            # each warp holds whole rows of the state and nothing of it goes through shared memory.
             if HAS_OUTPUT:
                 b_Pl = tl.load(scores + i_cg * (PLANES * PLANE) + PLANE + o_tt)
                 b_o = tl.dot(b_h, tl.trans(b_q)) * b_s[:, None] * b_qs[None, :]
@@ -112,11 +119,6 @@ def kda_chunk_fwd_walk_kernel(
                 else:
                     b_vh, b_vl = split(b_vT.to(tl.float32))
                     b_o += dot_split(b_vh, b_vl, tl.trans(b_P), tl.trans(b_Pl))
-            b_S = b_S * b_total[None, :]
-            b_uh, b_ul = split(b_u)
-            b_S = tl.dot(b_ul, b_kw, b_S)
-            b_S = tl.dot(b_uh, b_kwl, b_S)
-            b_S = tl.dot(b_uh, b_kw, b_S)
         if HAS_OUTPUT:
             o_o = ((t_g + t_c + o_t) * G + i_g)[:, None] * V + o_v[None, :]
             tl.store(o + o_o, tl.trans(b_o), mask=(t_c + o_t < n_t)[:, None] & m_v[None, :])
