@@ -106,7 +106,10 @@ def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv):
     """
     o_t = tl.arange(0, STRIP)
     m_t = (tl.min(b_G, axis=2) >= LEAST)[:, :, None]
-    b_P = tl.where(m_t, pair_product_tf32(b_q_dec, b_inv), b_P)
+    # A token's pair with itself has no decay, and for 16-bit inputs no rounding either, unless it is brought in by their decays.
+    b_PP = pair_product_tf32(b_q_dec, b_inv)
+    b_PP = tl.where((o_t[:, None] == o_t[None, :])[None, :, :], tl.sum(b_q_dec * b_inv, axis=2)[:, :, None], b_PP)
+    b_P = tl.where(m_t, b_PP, b_P)
     b_L = tl.where(m_t, pair_product_tf32(b_k_dec, b_inv), b_L)
     b_P = tl.where((o_t[:, None] >= o_t[None, :])[None, :, :], b_P, 0.0)
     return b_P, tl.where((o_t[:, None] > o_t[None, :])[None, :, :], b_L, 0.0)

@@ -130,6 +130,17 @@ def test_values_on_few_tokens_survive_strong_decay(calls: Calls) -> None:
         assert relative_error(result.o[:, token], expected.o[:, token]) < 4 * OUTPUT_LIMIT[torch.bfloat16], token
 
 
+def test_what_a_token_reads_of_its_own_write_has_no_rounding_of_decays(calls: Calls) -> None:
+    """A query nearly orthogonal to its key, so that their product is small beside the rounding of its terms to 11 bits."""
+    v = torch.zeros(1, 16, 1, 16)
+    v[:, 9] = calls.normal(1, 1, 16)
+    inputs = calls(dtype=torch.float16, T=16, K=64, v=v.half(), g=-2.0 * calls.uniform(1, 16, 1, 64))
+    q, k = inputs.q[0, 9, 0].float(), inputs.k[0, 9, 0].float()
+    inputs.q[0, 9, 0] = (q - (q @ k) * k + 2e-3 * k).half()
+    result, expected = evaluate(inputs), recurrent_kda(inputs)
+    assert relative_error(result.o[:, 9], expected.o[:, 9]) < OUTPUT_LIMIT[torch.float16]
+
+
 @pytest.mark.parametrize("slope", [-20.0, 3.0, 100.0])
 @pytest.mark.parametrize("lower_bound", [None, -5.0], ids=["softplus", "bounded"])
 def test_saturated_gates_have_finite_gradients(calls: Calls, slope: float, lower_bound: float | None) -> None:
