@@ -132,11 +132,11 @@ def test_values_on_few_tokens_survive_strong_decay(calls: Calls) -> None:
 
 def test_what_a_token_reads_of_its_own_write_has_no_rounding_of_decays(calls: Calls) -> None:
     """A query nearly orthogonal to its key, so that their product is small beside the rounding of its terms to 11 bits."""
-    v = torch.zeros(1, 16, 1, 16)
-    v[:, 9] = calls.normal(1, 1, 16)
-    inputs = calls(dtype=torch.float16, T=16, K=64, v=v.half(), g=-2.0 * calls.uniform(1, 16, 1, 64))
-    q, k = inputs.q[0, 9, 0].float(), inputs.k[0, 9, 0].float()
-    inputs.q[0, 9, 0] = (q - (q @ k) * k + 2e-3 * k).half()
+    v = torch.zeros(4, 16, 1, 16)
+    v[:, 9] = calls.normal(4, 1, 16)
+    inputs = calls(dtype=torch.float16, B=4, T=16, K=64, v=v.half(), g=-2.0 * calls.uniform(4, 16, 1, 64))
+    q, k = inputs.q[:, 9].float(), inputs.k[:, 9].float()
+    inputs.q[:, 9] = (q - (q * k).sum(-1, keepdim=True) * k + 2e-3 * k).half()
     result, expected = evaluate(inputs), recurrent_kda(inputs)
     assert relative_error(result.o[:, 9], expected.o[:, 9]) < OUTPUT_LIMIT[torch.float16]
 
