@@ -98,7 +98,7 @@ def level_scores(b_q, b_k, b_gh, b_gl, W: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv):
+def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv, FINE: tl.constexpr):
     """Replace rows of scores by what one product each gives, where that holds.
 
     The rows of ``q_dec`` and ``k_dec`` carry ``exp2(G)`` and those of ``inv`` ``exp2(-G)``, which float32 holds as long as no raised
@@ -106,11 +106,17 @@ def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv):
     """
     o_t = tl.arange(0, STRIP)
     m_t = (tl.min(b_G, axis=2) >= LEAST)[:, :, None]
-    # A token's pair with itself has no decay, and for 16-bit inputs no rounding either, unless it is brought in by their decays.
-    b_PP = pair_product_tf32(b_q_dec, b_inv)
+    # Pairs that no decay parts are exact products of 16-bit inputs, unless decays bring in a rounding. tf32 holds what bfloat16 does, four
+    # bits finer, but no more than float16 does; a token's pair with itself takes no rounding at all.
+    if FINE:
+        b_PP = pair_product(b_q_dec, b_inv, EXACT=False)
+        b_LL = pair_product(b_k_dec, b_inv, EXACT=False)
+    else:
+        b_PP = pair_product_tf32(b_q_dec, b_inv)
+        b_LL = pair_product_tf32(b_k_dec, b_inv)
     b_PP = tl.where((o_t[:, None] == o_t[None, :])[None, :, :], tl.sum(b_q_dec * b_inv, axis=2)[:, :, None], b_PP)
     b_P = tl.where(m_t, b_PP, b_P)
-    b_L = tl.where(m_t, pair_product_tf32(b_k_dec, b_inv), b_L)
+    b_L = tl.where(m_t, b_LL, b_L)
     b_P = tl.where((o_t[:, None] >= o_t[None, :])[None, :, :], b_P, 0.0)
     return b_P, tl.where((o_t[:, None] > o_t[None, :])[None, :, :], b_L, 0.0)
 
@@ -146,7 +152,7 @@ def decayed_strip(
     b_q = b_q * b_dec
     b_kd = b_k * b_dec
     if not EXACT:
-        b_P, b_L = raised_scores(b_P, b_L, b_G, b_q, b_kd, b_k * tl.exp2(-b_G))
+        b_P, b_L = raised_scores(b_P, b_L, b_G, b_q, b_kd, b_k * tl.exp2(-b_G), q.dtype.element_ty == tl.float16)
     b_P, b_L = sum_of_both(b_P, b_L)
     return b_q, b_kd, b_k * b_rest, b_P, b_L, b_g, b_qn, b_kn
 

@@ -78,8 +78,8 @@ def size_panels(standings: Sequence[Standing], letter: str) -> list[Panel]:
 
 
 def power_of_two(size: float) -> float:
-    """Return the largest power of two that is no larger than a size of at least 1."""
-    return float(1 << (int(size).bit_length() - 1))
+    """Return the largest power of two that is no larger than a size; 1 for a size of 0, which a logarithmic axis has no place for."""
+    return float(1 << (max(int(size), 1).bit_length() - 1))
 
 
 def quantile_panels(standings: Sequence[Standing]) -> list[Panel]:

@@ -106,7 +106,8 @@ def _against_size(standings: Sequence[Standing], letter: str, identifier: str, w
         panels,
         identifier=f"by-{identifier}",
         title=f"Against {letter}",
-        caption=f"Largest score over all calls, against the {what} {letter}, in bins that begin at powers of two (logarithmic axis).",
+        caption=f"Largest score over all calls, against the {what} {letter}, in bins that begin at powers of two (logarithmic axis; "
+        "0 counts as 1).",
         x_name=f"{letter} from",
         x_title=letter,
         x_domain=(sizes[0] / 1.2, sizes[-1] * 1.2),

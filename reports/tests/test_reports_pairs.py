@@ -149,6 +149,11 @@ def test_a_size_is_in_the_bin_of_the_power_of_two_below_it(size: int) -> None:
     assert math.log2(power_of_two(size)).is_integer()
 
 
+def test_a_call_of_no_tokens_has_a_place_on_the_axis(standings_of: StandingsOf) -> None:
+    (panel,) = size_panels(standings_of(a=[sized(0.2, T=0), sized(0.1, T=1)]), "T")
+    assert panel.series[0].points == [(1, 0.2)]
+
+
 def test_the_largest_score_of_a_size_is_kept(standings_of: StandingsOf) -> None:
     standings = standings_of(a=[sized(0.1, T=64), sized(0.7, T=100), sized(0.3, T=128), sized(math.nan, T=1000)])
     (panel,) = size_panels(standings, "T")
