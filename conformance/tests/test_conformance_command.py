@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from kda_conformance.verify import suite_command
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -37,9 +39,8 @@ def test_a_law_that_makes_its_own_calls_is_reproduced_by_its_row(tmp_path: Path)
     path, rows = tmp_path / "candidate.py", tmp_path / "rows.jsonl"
     path.write_text(BROKEN)
     law = "exact-arithmetic-oracle"
-    suite = [sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "-p", "no:cacheprovider"]
-    options = ["--impl", f"{path}:crashes", "--law", law, "--effort", "quick", "--kda-rows", str(rows)]
-    subprocess.run([*suite, *options], capture_output=True, check=False)
+    command = suite_command(f"{path}:crashes", "--law", law, "--effort", "quick", "--kda-rows", str(rows))
+    subprocess.run(command, capture_output=True, check=False)
     verdict = next(row for row in map(json.loads, rows.read_text().splitlines()) if row["kind"] == "verdict")
     assert verdict["outcome"] == "fail"
     assert verdict["reproduction"] == f"kda reproduce --impl {path}:crashes --law {law} --dtype float32"
@@ -51,29 +52,8 @@ def test_a_law_that_makes_its_own_calls_is_reproduced_by_its_row(tmp_path: Path)
 def test_rows_are_written_once_whatever_the_number_of_processes(tmp_path: Path) -> None:
     path, rows = tmp_path / "candidate.py", tmp_path / "rows.jsonl"
     path.write_text(BROKEN)
-    suite = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--pyargs",
-        "kda_conformance.suite",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "2",
-    ]
-    options = [
-        "--impl",
-        f"{path}:crashes",
-        "--law",
-        "exact-arithmetic-oracle",
-        "--effort",
-        "quick",
-        "--kda-rows",
-        str(rows),
-    ]
-    subprocess.run([*suite, *options], capture_output=True, check=False)
+    options = ("--law", "exact-arithmetic-oracle", "--effort", "quick", "--kda-rows", str(rows), "-n", "2")
+    subprocess.run(suite_command(f"{path}:crashes", *options), capture_output=True, check=False)
     kinds = [json.loads(line)["kind"] for line in rows.read_text().splitlines()]
     assert kinds == ["run", "verdict", "finish"]
 
@@ -81,15 +61,14 @@ def test_rows_are_written_once_whatever_the_number_of_processes(tmp_path: Path) 
 def test_backwards_judges_the_same_calls_from_the_last_to_the_first(tmp_path: Path) -> None:
     path = tmp_path / "candidate.py"
     path.write_text(BROKEN)
-    suite = [sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "-p", "no:cacheprovider"]
-    options = ["--impl", f"{path}:crashes", "--law", "prefix-causality", "--effort", "quick", "--collect-only"]
+    command = suite_command(f"{path}:crashes", "--law", "prefix-causality", "--effort", "quick", "--collect-only")
     one, two = (
         [
             line
-            for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+            for line in subprocess.run(run, capture_output=True, text=True, check=False).stdout.splitlines()
             if "::" in line
         ]
-        for command in ([*suite, *options], [*suite, *options, "--kda-backwards"])
+        for run in (command, [*command, "--kda-backwards"])
     )
     assert len(one) > 1
     assert two == one[::-1]

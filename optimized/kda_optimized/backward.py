@@ -145,7 +145,8 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Scaled, Scaled
         **call.tensors("q", "k", "g", "beta"), **call.gate(), **call.strength(), **rows._asdict(), **call.pick("H", "G", "K"),
         **{name: common[name] for name in ("T", "EXACT", "BK")}, "BC": tile(call.config(kda_chunk_bwd_prepare_kernel).block_k, width),
         "pull_rows": pull_rows, "mix": mix, "solve": solve,
-        "chunk_table": call.schedule.chunk_table, "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
+        "chunk_table": call.schedule.chunk_table, "scale": x.effective_scale, "RAISED": call.raised,
+        "USE_L2NORM": x.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     call.start(kda_chunk_bwd_prepare_kernel, call.schedule.num_chunks * sizes["G"], arguments)
 

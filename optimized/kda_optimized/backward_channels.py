@@ -22,7 +22,6 @@ import triton.language as tl
 from kda_optimized.activations import gate_slope, log2_decay, log_decay_pullback
 from kda_optimized.backward_pairs import load_scaled, operand_rows
 from kda_optimized.backward_tiles import (
-    STRIP,
     across_strips,
     add_pairs,
     add_tokens,
@@ -45,8 +44,7 @@ from kda_optimized.chunks import (
     load_tile,
     locate_chunk,
 )
-
-LEVELS = tl.constexpr(4)
+from kda_optimized.strips import STRIP, STRIP_LEVELS
 
 
 @triton.jit
@@ -226,7 +224,7 @@ def kda_chunk_bwd_channels_kernel(
         b_dPT = tl.load(p_tt + o_later)[None, :, :] * scale + b_none
         b_dL = tl.load(p_tt + BT * BT + tl.where(m_before, o_earlier, o_later))[None, :, :] + b_none
         b_zero = tl.zeros((W, BC, STRIP), dtype=tl.float32)
-        for i_l in range(LEVELS):
+        for i_l in range(STRIP_LEVELS):
             m_later = later_half(i_l, o_t[:, None], o_t[None, :])[None, :, :]
             m_earlier = later_half(i_l, o_t[None, :], o_t[:, None])[None, :, :]
             b_E = decays(b_g, decays_through(i_l, o_t[:, None], o_t[None, :]), b_none, EXACT)

@@ -24,8 +24,7 @@ from kda_optimized.chunks import (
     locate_sequence,
 )
 from kda_optimized.products import dot_split, scaled_columns, scaled_rows, split
-
-CHUNK = tl.constexpr(16)
+from kda_optimized.strips import STRIP
 
 
 @triton.jit
@@ -78,7 +77,7 @@ def pair_planes(b_x, p_a, o_tt, EXACT: tl.constexpr):
         b_o = tl.dot(b_x, b_a, input_precision="ieee")
     else:
         b_h, b_l = split(b_x)
-        b_o = dot_split(b_h, b_l, b_a, tl.load(p_a + CHUNK * CHUNK + o_tt))
+        b_o = dot_split(b_h, b_l, b_a, tl.load(p_a + STRIP * STRIP + o_tt))
     return b_o
 
 
@@ -96,15 +95,15 @@ def kda_chunk_bwd_states_kernel(
     i_v = tl.program_id(0) % NV
     i_n = tl.program_id(0) // NV // G
     i_g = tl.program_id(0) // NV % G
-    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, CHUNK)
+    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, STRIP)
     s_0 = tl.load(span_offsets + i_n)
-    o_t = tl.arange(0, CHUNK)
+    o_t = tl.arange(0, STRIP)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < V
     m_vk = m_v[:, None] & (o_k < K)[None, :]
     o_tk = o_t[:, None] * BK + o_k[None, :]
-    o_tt = o_t[None, :] * CHUNK + o_t[:, None]  # of the transpose
+    o_tt = o_t[None, :] * STRIP + o_t[:, None]  # of the transpose
     o_vk = o_v[:, None] * BK + o_k[None, :]
     o_y = o_t[None, :] * (G * V) + o_v[:, None]
     o_ys = o_t * (G * NV) + i_v
@@ -126,32 +125,32 @@ def kda_chunk_bwd_states_kernel(
 
     p_v = v + i_b * stride_vb + i_g.to(tl.int64) * stride_vh + t_0 * stride_vt
     o_vt = o_t[None, :] * stride_vt + o_v.to(tl.int64)[:, None] * stride_vv
-    p_token = tokens + (c_0 * G + i_g) * (TOKEN_ROWS * CHUNK) + o_t
+    p_token = tokens + (c_0 * G + i_g) * (TOKEN_ROWS * STRIP) + o_t
     p_decay = decay + (c_0 * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead.
     m_next = o_t < n_t
     m_more = (o_k >= 0) & (n_c > 0)
     b_v = tl.load(p_v + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0)
-    b_ks = tl.load(p_token + K_SCALE * CHUNK, mask=m_next, other=0.0)
-    b_ps = tl.load(p_token + PULL_SCALE * CHUNK, mask=m_next, other=0.0)
-    b_b = tl.load(p_token + BETA * CHUNK, mask=m_next, other=0.0)
+    b_ks = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
+    b_ps = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
+    b_b = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
     b_entry = tl.load(p_decay, mask=m_more, other=0.0)
     b_total = tl.load(p_decay + BK, mask=m_more, other=0.0)
     for i_t in range(n_c):
         i_cg = (c_0 + i_t) * G + i_g
-        t_c = i_t * CHUNK
-        b_k = tl.load(k_rows + i_cg * (CHUNK * BK) + o_tk)
-        b_p = tl.load(pull_rows + i_cg * (CHUNK * BK) + o_tk)
+        t_c = i_t * STRIP
+        b_k = tl.load(k_rows + i_cg * (STRIP * BK) + o_tk)
+        b_p = tl.load(pull_rows + i_cg * (STRIP * BK) + o_tk)
         m_t = m_next
-        p_v += CHUNK * stride_vt
-        p_token += G * (TOKEN_ROWS * CHUNK)
+        p_v += STRIP * stride_vt
+        p_token += G * (TOKEN_ROWS * STRIP)
         p_decay += G * (2 * BK)
-        m_next = t_c + CHUNK + o_t < n_t
+        m_next = t_c + STRIP + o_t < n_t
         m_more = (o_k >= 0) & (i_t + 1 < n_c)
         b_v_next = tl.load(p_v + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0)
-        b_ks_next = tl.load(p_token + K_SCALE * CHUNK, mask=m_next, other=0.0)
-        b_ps_next = tl.load(p_token + PULL_SCALE * CHUNK, mask=m_next, other=0.0)
-        b_b_next = tl.load(p_token + BETA * CHUNK, mask=m_next, other=0.0)
+        b_ks_next = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
+        b_ps_next = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
+        b_b_next = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
         b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
         b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
         b_S = b_S * b_entry[None, :]
@@ -159,7 +158,7 @@ def kda_chunk_bwd_states_kernel(
         b_w = b_u * b_b[None, :]
         b_S = b_S * b_total[None, :]
         b_S += write_product(b_w, b_ps, b_p, EXACT)
-        b_e = b_u - pair_planes(b_w, solve + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
+        b_e = b_u - pair_planes(b_w, solve + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT)
         i_tg = (t_g + t_c) * G + i_g
         store_columns(
             errors + i_tg * V + o_y, error_scales + i_tg * NV + o_ys, b_e, m_v[:, None] & m_t[None, :], m_t, EXACT

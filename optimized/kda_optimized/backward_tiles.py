@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from kda_optimized.products import scaled_columns, split
-
-STRIP = tl.constexpr(16)
+from kda_optimized.strips import STRIP
 
 
 @triton.jit

@@ -14,8 +14,9 @@ of tokens is ``-dV w^T``. Layout and formats are those of :mod:`kda_optimized.ba
 import triton
 import triton.language as tl
 
-from kda_optimized.backward_states import CHUNK, load_state, pair_planes, read_product, store_columns, write_product
+from kda_optimized.backward_states import load_state, pair_planes, read_product, store_columns, write_product
 from kda_optimized.chunks import BETA, K_SCALE, PULL_SCALE, Q_SCALE, TOKEN_ROWS, locate_sequence
+from kda_optimized.strips import STRIP
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,15 +34,15 @@ def kda_chunk_bwd_walk_kernel(
     i_v = tl.program_id(0) % NV
     i_n = tl.program_id(0) // NV // G
     i_g = tl.program_id(0) // NV % G
-    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, CHUNK)
+    i_b, t_0, t_g, n_t, c_0, n_c = locate_sequence(i_n, cu_seqlens, chunk_offsets, T, STRIP)
     s_0 = tl.load(span_offsets + i_n)
-    o_t = tl.arange(0, CHUNK)
+    o_t = tl.arange(0, STRIP)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < V
     m_vk = m_v[:, None] & (o_k < K)[None, :]
     o_tk = o_t[:, None] * BK + o_k[None, :]
-    o_tt = o_t[:, None] * CHUNK + o_t[None, :]
+    o_tt = o_t[:, None] * STRIP + o_t[None, :]
     o_vk = o_v[:, None] * BK + o_k[None, :]
     o_y = o_t[None, :] * (G * V) + o_v[:, None]
     o_ys = o_t * (G * NV) + i_v
@@ -64,52 +65,52 @@ def kda_chunk_bwd_walk_kernel(
     p_do = do
     o_vt = o_t[None, :] + o_v[:, None]
     if HAS_DO:
-        p_do += i_b * stride_ob + i_g.to(tl.int64) * stride_oh + (t_0 + (n_c - 1) * CHUNK) * stride_ot
+        p_do += i_b * stride_ob + i_g.to(tl.int64) * stride_oh + (t_0 + (n_c - 1) * STRIP) * stride_ot
         o_vt = o_t[None, :] * stride_ot + o_v.to(tl.int64)[:, None] * stride_ov
-    p_token = tokens + ((c_0 + n_c - 1) * G + i_g) * (TOKEN_ROWS * CHUNK) + o_t
+    p_token = tokens + ((c_0 + n_c - 1) * G + i_g) * (TOKEN_ROWS * STRIP) + o_t
     p_decay = decay + ((c_0 + n_c - 1) * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead, which is the chunk before.
     m_more = (o_k >= 0) & (n_c > 0)
-    m_t = ((n_c - 1) * CHUNK + o_t < n_t) & (n_c > 0)
-    b_do = tl.zeros((BV, CHUNK), dtype=tl.float32)
+    m_t = ((n_c - 1) * STRIP + o_t < n_t) & (n_c > 0)
+    b_do = tl.zeros((BV, STRIP), dtype=tl.float32)
     b_do_next = b_do
     if HAS_DO:
         b_do = tl.load(p_do + o_vt, mask=m_t[None, :] & m_v[:, None], other=0.0).to(tl.float32)
-    b_qs = tl.load(p_token + Q_SCALE * CHUNK, mask=m_t, other=0.0)
-    b_ks = tl.load(p_token + K_SCALE * CHUNK, mask=m_t, other=0.0)
-    b_ps = tl.load(p_token + PULL_SCALE * CHUNK, mask=m_t, other=0.0)
-    b_b = tl.load(p_token + BETA * CHUNK, mask=m_t, other=0.0)
+    b_qs = tl.load(p_token + Q_SCALE * STRIP, mask=m_t, other=0.0)
+    b_ks = tl.load(p_token + K_SCALE * STRIP, mask=m_t, other=0.0)
+    b_ps = tl.load(p_token + PULL_SCALE * STRIP, mask=m_t, other=0.0)
+    b_b = tl.load(p_token + BETA * STRIP, mask=m_t, other=0.0)
     b_entry = tl.load(p_decay, mask=m_more, other=0.0)
     b_total = tl.load(p_decay + BK, mask=m_more, other=0.0)
     # What reaches Y from the chunk's own outputs is multiplied out a chunk ahead, too.
-    b_Y = tl.zeros((BV, CHUNK), dtype=tl.float32)
+    b_Y = tl.zeros((BV, STRIP), dtype=tl.float32)
     if HAS_DO & (n_c > 0):
         i_cg = (c_0 + n_c - 1) * G + i_g
-        b_Y += pair_planes(b_do, mix + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
+        b_Y += pair_planes(b_do, mix + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT)
     for i_r in range(n_c):
         i_t = n_c - 1 - i_r
         i_cg = (c_0 + i_t) * G + i_g
-        t_c = i_t * CHUNK
-        b_p = tl.load(pull_rows + i_cg * (CHUNK * BK) + o_tk)
-        b_k = tl.load(k_rows + i_cg * (CHUNK * BK) + o_tk)
+        t_c = i_t * STRIP
+        b_p = tl.load(pull_rows + i_cg * (STRIP * BK) + o_tk)
+        b_k = tl.load(k_rows + i_cg * (STRIP * BK) + o_tk)
         m_t = t_c + o_t < n_t
-        p_token -= G * (TOKEN_ROWS * CHUNK)
+        p_token -= G * (TOKEN_ROWS * STRIP)
         p_decay -= G * (2 * BK)
         m_next = (o_t >= 0) & (i_t > 0)
         m_more = (o_k >= 0) & (i_t > 0)
         if HAS_DO:
-            p_do -= CHUNK * stride_ot
+            p_do -= STRIP * stride_ot
             b_do_next = tl.load(p_do + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0).to(tl.float32)
-        b_qs_next = tl.load(p_token + Q_SCALE * CHUNK, mask=m_next, other=0.0)
-        b_ks_next = tl.load(p_token + K_SCALE * CHUNK, mask=m_next, other=0.0)
-        b_ps_next = tl.load(p_token + PULL_SCALE * CHUNK, mask=m_next, other=0.0)
-        b_b_next = tl.load(p_token + BETA * CHUNK, mask=m_next, other=0.0)
+        b_qs_next = tl.load(p_token + Q_SCALE * STRIP, mask=m_next, other=0.0)
+        b_ks_next = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
+        b_ps_next = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
+        b_b_next = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
         b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
         b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
         b_Y += read_product(b_dS, b_p, b_ps, EXACT)
         b_dS = b_dS * b_total[None, :]
         if HAS_DO:
-            b_dS += write_product(b_do, b_qs, tl.load(q_rows + i_cg * (CHUNK * BK) + o_tk), EXACT)
+            b_dS += write_product(b_do, b_qs, tl.load(q_rows + i_cg * (STRIP * BK) + o_tk), EXACT)
         b_dv = b_Y * b_b[None, :]
         b_dS -= write_product(b_dv, b_ks, b_k, EXACT)
         b_dS = b_dS * b_entry[None, :]
@@ -117,10 +118,10 @@ def kda_chunk_bwd_walk_kernel(
         m_vt = m_v[:, None] & m_t[None, :]
         tl.store(dv + i_tg * V + o_y, b_dv, mask=m_vt)
         store_columns(pulled + i_tg * V + o_y, pulled_scales + i_tg * NV + o_ys, b_Y, m_vt, m_t, EXACT)
-        b_Y = tl.zeros((BV, CHUNK), dtype=tl.float32)
+        b_Y = tl.zeros((BV, STRIP), dtype=tl.float32)
         if HAS_DO:
             i_cg = (c_0 + tl.maximum(i_t - 1, 0)) * G + i_g
-            b_Y += pair_planes(b_do_next, mix + i_cg * (PLANES * CHUNK * CHUNK), o_tt, EXACT)
+            b_Y += pair_planes(b_do_next, mix + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT)
         b_do, b_qs, b_ks, b_ps, b_b, b_entry, b_total = (
             b_do_next, b_qs_next, b_ks_next, b_ps_next, b_b_next, b_entry_next, b_total_next,
         )  # fmt: skip

@@ -20,12 +20,13 @@ from kda_optimized.launch import Launch, strides, submit
 from kda_optimized.launch_config import LaunchConfig, config_of, padded, tile
 from kda_optimized.packing import Schedule, Segments, offsets_of, schedule, segments
 from kda_optimized.recurrent import kda_recurrent_fwd_kernel
+from kda_optimized.strips import RAISE, RAISE_UNIT, STRIP
 
 if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
     from torch import Tensor
 
-CHUNK = 16
+CHUNK = STRIP.value
 LEAST_PIECES = 6
 
 
@@ -138,6 +139,13 @@ class Call:
             "HAS_DT_BIAS": x.dt_bias is not None,
         }
 
+    @property
+    def raised(self) -> float:
+        """Return by how many binary orders of magnitude rows that carry a decay are raised."""
+        if self.exact:
+            return 0.0
+        return float((RAISE_UNIT if self.inputs.use_qk_l2norm_in_kernel else RAISE).value)
+
     def strength(self) -> dict[str, Any]:
         """Return the constants of the write strength."""
         return {
@@ -235,7 +243,7 @@ def prepare(call: Call) -> Prepared:
         **call.tensors("q", "k", "g", "beta"), **call.gate(), **call.strength(), **done._asdict(), **call.pick("H", "G", "K"),
         "chunk_table": call.schedule.chunk_table, "scale": call.inputs.effective_scale, "T": call.inputs.q.shape[1], "BK": bk,
         "BC": tile(call.config(kda_chunk_fwd_prepare_kernel).block_k, bk), "EXACT": call.exact,
-        "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
+        "RAISED": call.raised, "USE_L2NORM": call.inputs.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     call.start(kda_chunk_fwd_prepare_kernel, call.schedule.num_chunks * call.sizes["G"], arguments)
     return done

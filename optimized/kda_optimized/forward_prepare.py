@@ -20,8 +20,6 @@ from kda_optimized.activations import strength
 from kda_optimized.chunks import K_SCALE, Q_SCALE, TOKEN_ROWS, level_mask, load_column, locate_chunk
 from kda_optimized.products import product_split, store_planes
 from kda_optimized.strips import (
-    RAISE,
-    RAISE_UNIT,
     STRIP,
     STRIP_LEVELS,
     block_product,
@@ -52,7 +50,7 @@ def kda_chunk_fwd_prepare_kernel(
     q, k, g, beta, A_log, dt_bias, q_rows, k_rows, rest_rows, tokens, scores, decay, chunk_table,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_bb, stride_bt, stride_bh, scale, lower_bound, T,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, RAISED: tl.constexpr, EXACT: tl.constexpr,
     USE_L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
     USE_SIGMOID: tl.constexpr, CEILING: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +58,6 @@ def kda_chunk_fwd_prepare_kernel(
     PLANE: tl.constexpr = STRIP * STRIP
     PLANES: tl.constexpr = 1 if EXACT else 2
     W: tl.constexpr = BK // BC
-    RAISED: tl.constexpr = 0.0 if EXACT else RAISE_UNIT if USE_L2NORM else RAISE
     i_c = tl.program_id(0) // G
     i_g = tl.program_id(0) % G
     i_h = i_g // (G // H)
@@ -78,7 +75,7 @@ def kda_chunk_fwd_prepare_kernel(
     b_q, b_k, b_kr, b_P, b_L, b_g, _, _ = decayed_strip(
         q, k, g, A_log, dt_bias, i_b, i_h, i_g, t_0, o_t, o_k, n_t,
         stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
-        stride_gb, stride_gt, stride_gh, stride_gk, scale, lower_bound, K, W,
+        stride_gb, stride_gt, stride_gh, stride_gk, scale, lower_bound, K, W, RAISED,
         EXACT, USE_L2NORM, USE_GATE, BOUNDED, HAS_A_LOG, HAS_DT_BIAS,
     )  # fmt: skip
     store_decays(decay + i_cg * (2 * BK) + o_k, b_g, o_t, BK)

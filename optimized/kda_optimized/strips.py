@@ -125,12 +125,11 @@ def raised_scores(b_P, b_L, b_G, b_q_dec, b_k_dec, b_inv, FINE: tl.constexpr):
 def decayed_strip(
     q, k, g, A_log, dt_bias, i_b, i_h, i_g, t_0, o_t, o_k, n_t,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
-    stride_gb, stride_gt, stride_gh, stride_gk, scale, lower_bound, K: tl.constexpr, W: tl.constexpr,
+    stride_gb, stride_gt, stride_gh, stride_gk, scale, lower_bound, K: tl.constexpr, W: tl.constexpr, RAISED: tl.constexpr,
     EXACT: tl.constexpr, USE_L2NORM: tl.constexpr, USE_GATE: tl.constexpr, BOUNDED: tl.constexpr,
     HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Return ``q_dec``, ``k_dec`` and ``k_rest``, the former two raised, ``P``, ``L``, the log decays ``[W, 16, BC]`` and inverse norms."""
-    RAISED: tl.constexpr = 0.0 if EXACT else RAISE_UNIT if USE_L2NORM else RAISE
     b_q = load_strip(q, i_b, i_h, t_0, o_t, o_k, n_t, K, stride_qb, stride_qt, stride_qh, stride_qk)
     b_k = load_strip(k, i_b, i_h, t_0, o_t, o_k, n_t, K, stride_kb, stride_kt, stride_kh, stride_kk)
     b_g = load_strip(g, i_b, i_g, t_0, o_t, o_k, n_t, K, stride_gb, stride_gt, stride_gh, stride_gk)
@@ -142,10 +141,12 @@ def decayed_strip(
     b_L = b_P
     b_like = b_P
     # One less, for sums in another order. First, because it leaves nothing in registers but its scores.
-    if EXACT or tl.min(tl.sum(tl.where((o_t > 0)[None, :, None], b_g, 0.0), axis=1)) < LEAST + 1.0 - RAISED:
+    if not EXACT and tl.min(tl.sum(tl.where((o_t > 0)[None, :, None], b_g, 0.0), axis=1)) < LEAST + 1.0 - RAISED:
         b_qs, b_ks, b_qn, b_kn = query_and_key(b_q, b_k, scale, USE_L2NORM)
         b_P, b_L = level_scores(b_qs, b_ks, b_gh, b_gl, W, EXACT)
     b_q, b_k, b_qn, b_kn = query_and_key(b_q, b_k, scale, USE_L2NORM)
+    if EXACT:
+        b_P, b_L = level_scores(b_q, b_k, b_gh, b_gl, W, EXACT)
     b_G = sum_decays((o_t[:, None] >= o_t[None, :]) & (o_t[None, :] > 0), b_gh, b_gl, b_like, EXACT, RAISED)
     b_rest = tl.exp2(sum_decays(o_t[:, None] < o_t[None, :], b_gh, b_gl, b_like, EXACT))
     b_dec = tl.exp2(b_G)
