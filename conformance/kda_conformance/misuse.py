@@ -129,10 +129,11 @@ def _between_guards(tensor: Tensor) -> Tensor:
 
 def spread_tokens(inputs: KdaInputs, stride: int) -> KdaInputs:
     """Return the same q, k and v with tokens ``stride`` elements apart."""
-    return inputs.replace(**{name: _spread(getattr(inputs, name), stride) for name in ("q", "k", "v")})
+    return inputs.replace(**{name: spread(getattr(inputs, name), stride) for name in ("q", "k", "v")})
 
 
-def _spread(tensor: Tensor, stride: int) -> Tensor:
+def spread(tensor: Tensor, stride: int) -> Tensor:
+    """Return the same ``[B, T, heads, width]`` with tokens ``stride`` elements apart."""
     batch, length, heads, width = tensor.shape
     wide = torch.empty(batch * length * stride, dtype=tensor.dtype, device=tensor.device)
     return wide.as_strided((batch, length, heads, width), (length * stride, stride, width, 1)).copy_(tensor)

@@ -124,7 +124,8 @@ def kda_chunk_bwd_states_kernel(
         )
 
     p_v = v + i_b * stride_vb + i_g.to(tl.int64) * stride_vh + t_0 * stride_vt
-    o_vt = o_t[None, :] * stride_vt + o_v.to(tl.int64)[:, None] * stride_vv
+    o_vt = o_t.to(tl.int64)[None, :] * stride_vt + o_v.to(tl.int64)[:, None] * stride_vv
+    step_v = tl.full((), STRIP, tl.int64) * stride_vt
     p_token = tokens + (c_0 * G + i_g) * (TOKEN_ROWS * STRIP) + o_t
     p_decay = decay + (c_0 * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead.
@@ -142,7 +143,7 @@ def kda_chunk_bwd_states_kernel(
         b_k = tl.load(k_rows + i_cg * (STRIP * BK) + o_tk)
         b_p = tl.load(pull_rows + i_cg * (STRIP * BK) + o_tk)
         m_t = m_next
-        p_v += STRIP * stride_vt
+        p_v += step_v
         p_token += G * (TOKEN_ROWS * STRIP)
         p_decay += G * (2 * BK)
         m_next = t_c + STRIP + o_t < n_t

@@ -66,7 +66,7 @@ def kda_chunk_bwd_walk_kernel(
     o_vt = o_t[None, :] + o_v[:, None]
     if HAS_DO:
         p_do += i_b * stride_ob + i_g.to(tl.int64) * stride_oh + (t_0 + (n_c - 1) * STRIP) * stride_ot
-        o_vt = o_t[None, :] * stride_ot + o_v.to(tl.int64)[:, None] * stride_ov
+        o_vt = o_t.to(tl.int64)[None, :] * stride_ot + o_v.to(tl.int64)[:, None] * stride_ov
     p_token = tokens + ((c_0 + n_c - 1) * G + i_g) * (TOKEN_ROWS * STRIP) + o_t
     p_decay = decay + ((c_0 + n_c - 1) * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead, which is the chunk before.
@@ -99,7 +99,7 @@ def kda_chunk_bwd_walk_kernel(
         m_next = (o_t >= 0) & (i_t > 0)
         m_more = (o_k >= 0) & (i_t > 0)
         if HAS_DO:
-            p_do -= STRIP * stride_ot
+            p_do -= tl.full((), STRIP, tl.int64) * stride_ot
             b_do_next = tl.load(p_do + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0).to(tl.float32)
         b_qs_next = tl.load(p_token + Q_SCALE * STRIP, mask=m_next, other=0.0)
         b_ks_next = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)

@@ -57,7 +57,8 @@ def kda_chunk_fwd_walk_kernel(
         )
 
     p_v = v + i_b * stride_vb + i_g.to(tl.int64) * stride_vh + t_0 * stride_vt
-    o_tv = o_t[:, None] * stride_vt + o_v.to(tl.int64)[None, :] * stride_vv
+    o_tv = o_t.to(tl.int64)[:, None] * stride_vt + o_v.to(tl.int64)[None, :] * stride_vv
+    step_v = tl.full((), BT, tl.int64) * stride_vt
     p_token = tokens + (c_0 * G + i_g) * (TOKEN_ROWS * BT) + o_t
     p_decay = decay + (c_0 * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead.
@@ -77,7 +78,7 @@ def kda_chunk_fwd_walk_kernel(
         if HAS_OUTPUT:
             b_q = tl.load(q_rows + i_cg * (BT * BK) + o_tk)
             b_P = tl.load(scores + i_cg * (PLANES * PLANE) + o_tt)  # [BT, BT]
-        p_v += BT * stride_vt
+        p_v += step_v
         p_token += G * (TOKEN_ROWS * BT)
         p_decay += G * (2 * BK)
         m_next = t_c + BT + o_t < n_t
