@@ -67,6 +67,9 @@ def verify_command(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where available and claimed.")] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for rows, logs and the report.")] = Path("out/verify"),
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that judge at a time. Default: one a core.")
+    ] = None,
 ) -> None:
     """Judge implementations side by side and write rows.jsonl and report.html."""
     interpret_triton_without_gpu()
@@ -76,7 +79,7 @@ def verify_command(
     for name, value in (("--claims", claims), ("--deviations", deviations), ("--kda-device", device)):
         if value is not None:
             options += [name, str(value)]
-    statuses = verify.judge_side_by_side(specs, options, out, console)
+    statuses = verify.judge_side_by_side(specs, options, out, console, processes)
     report = _report(out)
     for spec, status in statuses.items():
         console.print(f"{spec}: {_words(status)}")

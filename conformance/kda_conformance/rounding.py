@@ -36,10 +36,19 @@ def member_seeds(first: int, count: int, num_axes: int, device: torch.device) ->
 
 def hash_bits(x: Tensor, seeds: Tensor) -> Tensor:
     """Return 64 pseudo-random bits (int64) that depend only on the value and the member's seed."""
+    # In place: most of a budget's time goes through here.
     h = x.contiguous().view(torch.int64) ^ seeds
-    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * MIX_1
-    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * MIX_2
-    return h ^ ((h >> 31) & 0x1FFFFFFFF)
+    for shift, factor in ((30, MIX_1), (27, MIX_2), (31, None)):
+        tail = h >> shift
+        h ^= tail.bitwise_and_((1 << (64 - shift)) - 1)
+        if factor is not None:
+            h *= factor
+    return h
+
+
+def uniform_from(bits: Tensor) -> Tensor:
+    """Return numbers in ``[0, 1)`` from hashed bits."""
+    return ((bits >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
 
 
 def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
@@ -47,12 +56,12 @@ def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
     dropped = FLOAT64_BITS - SIGNIFICAND_BITS[fmt]
     mask = (1 << dropped) - 1
     bits = hash_bits(x, seeds)
+    uniform = uniform_from(bits) if fmt == "fp16" else None
     # The bit pattern of a double is monotone in its magnitude, so adding a random remainder and cutting the tail
     # rounds the magnitude stochastically, carries into the exponent included.
-    rounded = ((x.contiguous().view(torch.int64) + (bits & mask)) & ~mask).view(torch.float64)
-    if fmt != "fp16":
-        return flush(rounded)
-    uniform = ((bits >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
+    rounded = bits.bitwise_and_(mask).add_(x.contiguous().view(torch.int64)).bitwise_and_(~mask).view(torch.float64)
+    if uniform is None:
+        return rounded.masked_fill_(rounded.abs() < SMALLEST_NORMAL, 0.0)
     subnormal = torch.floor(x / FP16_QUANTUM + uniform) * FP16_QUANTUM
     return torch.where(x.abs() < FP16_SMALLEST_NORMAL, subnormal, rounded)
 
@@ -131,7 +140,7 @@ class Rounder:
         square_of_sums = product**2 if square_of_sums is None else square_of_sums
         deviation = ACCUMULATION * U32 * (num_terms / 2) ** 0.5 * (sum_of_squares + square_of_sums).sqrt()
         seeds = member_seeds(self.first_seed + 7919, self.count, product.dim(), self.device)
-        uniform = ((hash_bits(product, seeds) >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
+        uniform = uniform_from(hash_bits(product, seeds))
         return self.raw(product + deviation * UNIFORM_TO_UNIT_VARIANCE * (uniform - 0.5), "fp32")
 
     def exact_matmul(self, a: Tensor, b: Tensor) -> Tensor:

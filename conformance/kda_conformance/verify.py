@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 POLL_SECONDS = 0.5
-MAX_WORKERS = 2
 # The quickest of those with every claim goes first: the budgets it computes serve the slow ones beside and after it.
 DEFAULT_CPU = ("torch-chunkwise", "triton-chunk", "triton-recurrent", "transformers-chunk", "transformers-recurrent")
 DEFAULT_CUDA = ("triton-chunk", "triton-recurrent", "fla-chunk", "fla-recurrent")
@@ -86,7 +85,9 @@ class Trial:
             self.worst = max(self.worst, float(row["score"]))  # type: ignore[arg-type]
 
 
-def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, console: Console) -> dict[str, int]:
+def judge_side_by_side(
+    specs: Sequence[str], options: Sequence[str], out: Path, console: Console, processes: int | None = None
+) -> dict[str, int]:
     """Run the suite on every implementation, show progress, and write ``out/rows.jsonl``.
 
     Parameters
@@ -97,12 +98,19 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
         Further pytest options, the same for all; ``--effort`` is among them.
     out
         Folder of the results; existing rows are replaced.
+    processes
+        How many processes judge at a time; ``None`` means one a core. What is left over when each implementation has one is shared
+        out among them.
 
     Returns
     -------
     dict[str, int]
         pytest's exit status per implementation.
     """
+    processes = processes or os.cpu_count() or 1
+    at_once = min(len(specs), processes)
+    if (each := processes // max(at_once, 1)) > 1:
+        options = [*options, "-n", str(each), "--dist", "worksteal"]
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "rows.jsonl"
     rows.unlink(missing_ok=True)
@@ -111,7 +119,7 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
             Trial(spec, Path(folder) / f"{i}.jsonl", out / f"log-{i}.txt", ("--kda-backwards",) * (i % 2))
             for i, spec in enumerate(specs)
         ]
-        _run(trials, options, console)
+        _run(trials, options, at_once, console)
         for trial in trials:
             if not trial.rows.is_file():
                 unloaded_rows(trial.rows, trial.spec, options[options.index("--effort") + 1], _last_lines(trial.log))
@@ -124,12 +132,12 @@ def judge_side_by_side(specs: Sequence[str], options: Sequence[str], out: Path, 
     }
 
 
-def _run(trials: list[Trial], options: Sequence[str], console: Console) -> None:
+def _run(trials: list[Trial], options: Sequence[str], at_once: int, console: Console) -> None:
     waiting = list(trials)
     with Live(_table(trials), console=console, refresh_per_second=2, transient=False) as live:
         while any(trial.exit is None for trial in trials):
             running = [trial for trial in trials if trial.process is not None and trial.exit is None]
-            while waiting and len(running) < min(MAX_WORKERS, os.cpu_count() or 1):
+            while waiting and len(running) < at_once:
                 trial = waiting.pop(0)
                 trial.process, trial.started, trial.last = _start(trial, options), time.monotonic(), "loading"
                 running.append(trial)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from kda_reference.errors import DeviceError
 
+from kda_optimized.interpreter_speed import quicken
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -98,6 +100,7 @@ def repair() -> None:
     _repair_dot(shipped)
     _repair_reductions(shipped)
     _repair_execution(shipped)
+    quicken(shipped)
     shipped.kda_repaired = True
 
 

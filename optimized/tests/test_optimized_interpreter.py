@@ -54,6 +54,17 @@ def bounded_kernel(a, c, bound):
     tl.store(c, b_s)
 
 
+@triton.jit
+def constants_kernel(x, c, N: tl.constexpr):
+    o = tl.arange(0, N)
+    b_x = tl.load(x + o)
+    # Rows and columns meet a scalar here, twice: what was worked out at first is used again.
+    for i in range(2):
+        b_table = tl.where(o[:, None] < o[None, :], b_x[:, None] * 2.0, b_x[None, :] * i)
+        b_table += tl.where(o[:, None] == i, True + b_x[:, None], 1 + b_x[None, :])
+        tl.store(c + i * N * N + o[:, None] * N + o[None, :], b_table)
+
+
 def pair(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, generator=generator).bfloat16(), torch.randn(n, generator=generator).bfloat16()
@@ -113,6 +124,18 @@ def test_loop_bounds_may_come_from_memory() -> None:
     a, c = torch.arange(5.0), torch.zeros(1)
     bounded_kernel[(1,)](a, c, torch.tensor([4]))
     assert c.item() == 6.0
+
+
+def test_what_is_remembered_of_operands_is_right() -> None:
+    n = 16
+    x = torch.arange(1.0, n + 1)
+    found = torch.empty(2, n, n)
+    constants_kernel[(1,)](x, found, n)
+    o = torch.arange(n)
+    for i in range(2):
+        expected = torch.where(o[:, None] < o[None, :], 2 * x[:, None], i * x[None, :])
+        expected += torch.where((o == i)[:, None], x[:, None] + 1, x[None, :] + 1)
+        assert torch.equal(found[i], expected)
 
 
 def test_a_triton_without_the_places_to_repair_is_refused() -> None:
