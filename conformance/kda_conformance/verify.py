@@ -110,7 +110,8 @@ def judge_side_by_side(
     processes = processes or os.cpu_count() or 1
     at_once = min(len(specs), processes)
     if (each := processes // max(at_once, 1)) > 1:
-        options = [*options, "-n", str(each), "--dist", "worksteal"]
+        # Of several processes pytest-benchmark warns, which is an error where warnings are.
+        options = [*options, "-n", str(each), "--dist", "worksteal", "--benchmark-disable"]
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "rows.jsonl"
     rows.unlink(missing_ok=True)
