@@ -68,7 +68,8 @@ class KdaNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
-        """Return ``o`` and the final state; not split from ``keep``, since binding the arguments of a split one costs a short call a tenth."""
+        """Return ``o`` and the final state."""
+        # Not split into forward and setup_context: autograd would bind the arguments anew, a tenth of a short call on the host.
         output = evaluate(inputs_of(arguments), recurrent=arguments[-1])
         keep(ctx, arguments, output)
         return output
