@@ -71,10 +71,12 @@ def register(prefix: str, tags: tuple[torch.Tag, ...]) -> CustomOpDef:
     gradients.register_fake(fake_backward)
 
     def pull_back(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        arguments, names = kept(ctx), wanted(ctx)
+        if not inputs_of(arguments).output_final_state:
+            dfinal_state = None  # of the empty tensor
         if do is None and dfinal_state is None:
             return in_place({})
-        names = wanted(ctx)
-        found = gradients(*kept(ctx), do, dfinal_state, [name in names for name in TENSOR_ARGUMENTS])
+        found = gradients(*arguments, do, dfinal_state, [name in names for name in TENSOR_ARGUMENTS])
         return in_place(dict(zip(names, found, strict=True)))
 
     operator = custom_op(

@@ -15,23 +15,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
-_captured: dict[int, object] = {}
+captured: dict[int, object] = {}
 
 
 def outside_pools(make: Callable[[], T], device: torch.device) -> T:
     """Return what ``make`` returns, its tensors in ordinary memory of a device.
 
     While a graph is captured or, by Inductor, warmed up, memory comes from a pool that belongs to the graph, and Inductor objects to
-    what is left there. A pool serves one thread, so ``make`` runs in another.
+    what is left there. A pool serves one thread, so ``make`` runs in another, on the stream of this one unless that is being captured.
     """
     if device.type != "cuda":
         return make()
+    capturing = torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.default_stream(device) if capturing else torch.cuda.current_stream(device)
+
+    def there() -> T:
+        with torch.cuda.stream(stream):
+            return make()
+
     with ThreadPoolExecutor(1) as other:
-        return other.submit(make).result()
+        return other.submit(there).result()
 
 
 def hold(tables: T, device: torch.device) -> T:
     """Return tables; never let go of those that a graph, captured at this moment, will read again."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[id(tables)] = tables
+        captured[id(tables)] = tables
     return tables

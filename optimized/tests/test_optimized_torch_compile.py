@@ -34,7 +34,7 @@ def _compiled_anew() -> Iterator[None]:
 def cases(calls: Calls) -> dict[str, KdaInputs]:
     """Return calls that differ in which arguments are present."""
     gated = calls.gated(
-        dtype=torch.bfloat16, T=20, H=1, G=2, K=16, V=20, initial_state=calls.normal(1, 2, 16, 20), scale=0.3
+        dtype=torch.bfloat16, T=17, H=1, G=2, K=16, V=20, initial_state=calls.normal(1, 2, 16, 20), scale=0.3
     )
     plain = calls(B=2, T=7, output_final_state=False)
     packed = calls(
