@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from kda_reference.contract import check_metadata, check_offsets
+from kda_reference.contract import check_inputs
 from kda_reference.errors import DomainError, DtypeError
 
 from kda_optimized.interpreter import check_device
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 MAX_WIDTH = 256
 
 
-def check_support(inputs: KdaInputs) -> None:
-    """Refuse what these kernels do not take; no element of any tensor is read.
+def check_support(inputs: KdaInputs, *, read_offsets: bool = True) -> None:
+    """Refuse what contradicts the contract and what these kernels do not take; nothing but ``cu_seqlens`` is read, if that.
 
     Raises
     ------
     KdaError
-        If metadata contradict the contract.
+        If the arguments contradict the contract.
     DtypeError
         If a tensor is float64.
     DomainError
@@ -30,7 +30,7 @@ def check_support(inputs: KdaInputs) -> None:
     DeviceError
         If the tensors are on a device that this process cannot run kernels on.
     """
-    check_metadata(inputs)
+    check_inputs(inputs, read_offsets=read_offsets)
     for name, tensor in inputs.tensors().items():
         if tensor.dtype == torch.float64:
             message = f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}; convert it to float32"
@@ -51,11 +51,9 @@ def admit(inputs: KdaInputs) -> KdaInputs:
     Raises
     ------
     KdaError
-        What :func:`check_support` and :func:`kda_reference.contract.check_offsets` raise.
+        What :func:`check_support` raises.
     """
+    if inputs.cu_seqlens is not None:
+        inputs = inputs.replace(cu_seqlens=inputs.cu_seqlens.to("cpu", copy=True))
     check_support(inputs)
-    if inputs.cu_seqlens is None:
-        return inputs
-    offsets = inputs.cu_seqlens.to("cpu", copy=True)
-    check_offsets(offsets, inputs.q.shape[1])
-    return inputs.replace(cu_seqlens=offsets)
+    return inputs

@@ -191,23 +191,11 @@ class KdaGradients:
     initial_state: Tensor | None = None
 
 
-def check_inputs(inputs: KdaInputs) -> None:
+def check_inputs(inputs: KdaInputs, *, read_offsets: bool = True) -> None:
     """Refuse a call whose arguments contradict the contract, before any work is done.
 
-    Only metadata and ``cu_seqlens`` are read; use :func:`check_values` for the domains of values.
-
-    Raises
-    ------
-    KdaError
-        What :func:`check_metadata` and :func:`check_offsets` raise.
-    """
-    check_metadata(inputs)
-    if inputs.cu_seqlens is not None:
-        check_offsets(inputs.cu_seqlens, inputs.q.shape[1])
-
-
-def check_metadata(inputs: KdaInputs) -> None:
-    """Refuse a call whose shapes, dtypes, devices or flags contradict the contract; no element of any tensor is read.
+    Only metadata and ``cu_seqlens`` are read; use :func:`check_values` for the domains of values. Without ``read_offsets`` no element of
+    any tensor is read, so that tensors without values can be checked.
 
     Raises
     ------
@@ -218,7 +206,7 @@ def check_metadata(inputs: KdaInputs) -> None:
     DeviceError
         If the arguments are on more than one device.
     PackingError
-        If ``cu_seqlens`` is no vector, or comes with a batch.
+        If ``cu_seqlens`` does not start at 0, decreases, or does not end at T.
     FlagError
         If a flag misses its argument or excludes another.
     DomainError
@@ -229,28 +217,9 @@ def check_metadata(inputs: KdaInputs) -> None:
     _check_flags(inputs)
     if inputs.cu_seqlens is not None:
         _check_packing(inputs.cu_seqlens, inputs.q.shape[0])
+        if read_offsets:
+            _check_offsets(inputs.cu_seqlens, inputs.q.shape[1])
     _check_state(inputs)
-
-
-def check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Refuse offsets that do not describe a packing of the tokens; they are read.
-
-    Raises
-    ------
-    PackingError
-        If ``cu_seqlens`` does not start at 0, decreases, or does not end at T.
-    """
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0:
-        message = f"cu_seqlens must start at 0, got {offsets[0]}; prepend the first offset"
-        raise PackingError(message)
-    for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if end < start:
-            message = f"cu_seqlens must not decrease, got {start} then {end} at n={index + 1}; sort the offsets"
-            raise PackingError(message)
-    if offsets[-1] != num_tokens:
-        message = f"cu_seqlens must end at T={num_tokens}, got {offsets[-1]}; cover every token"
-        raise PackingError(message)
 
 
 def check_values(inputs: KdaInputs) -> None:
@@ -362,6 +331,20 @@ def _check_packing(cu_seqlens: Tensor, batch: int) -> None:
         raise PackingError(message)
     if batch != 1:
         message = f"q must have batch size 1 with cu_seqlens, got {batch}; flatten the batch into the token axis"
+        raise PackingError(message)
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        message = f"cu_seqlens must start at 0, got {offsets[0]}; prepend the first offset"
+        raise PackingError(message)
+    for index, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if end < start:
+            message = f"cu_seqlens must not decrease, got {start} then {end} at n={index + 1}; sort the offsets"
+            raise PackingError(message)
+    if offsets[-1] != num_tokens:
+        message = f"cu_seqlens must end at T={num_tokens}, got {offsets[-1]}; cover every token"
         raise PackingError(message)
 
 
