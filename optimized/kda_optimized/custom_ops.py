@@ -20,7 +20,7 @@ from kda_optimized.checks import admit, check_support
 from kda_optimized.derivative import ARGUMENTS, arguments_of, evaluate, in_place, inputs_of, keep, kept, wanted
 
 if TYPE_CHECKING:
-    from torch.library import CustomOpDef
+    from torch._library.custom_ops import CustomOpDef
 
 SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float | None": "float?", "bool": "bool", "int": "int"}
 FIELD_TYPES = {field.name: SCHEMA_TYPES[str(field.type)] for field in fields(KdaInputs)} | {"recurrent": "bool"}

@@ -10,6 +10,7 @@ import torch
 from kda_optimized import custom_ops
 from kda_optimized.derivative import arguments_of
 from kda_optimized.launch import recorded
+from kda_reference.contract import TENSOR_ARGUMENTS
 from kda_reference.errors import PackingError
 from optimized_calls import DEVICE, Calls, differentiate, evaluate, state_of
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -66,7 +67,7 @@ def test_compiled_calls_are_eager_calls_bit_for_bit(
 
 
 def test_one_graph_serves_all_lengths(calls: Calls) -> None:
-    counter = CompileCounterWithBackend("aot_eager")  # type: ignore[no-untyped-call]
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(kda_optimized.chunk_kda, fullgraph=True, dynamic=True, backend=counter)
     for T in (20, 17, 33):
         inputs = calls(T=T)
@@ -75,7 +76,7 @@ def test_one_graph_serves_all_lengths(calls: Calls) -> None:
 
 
 def test_a_graph_reads_its_offsets_at_every_call(calls: Calls) -> None:
-    counter = CompileCounterWithBackend("aot_eager")  # type: ignore[no-untyped-call]
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(kda_optimized.chunk_kda, fullgraph=True, backend=counter)
     inputs = calls(T=20)
     for middle in (7, 17):
@@ -116,7 +117,7 @@ def test_operators_are_what_torch_demands_of_operators(calls: Calls, case: str) 
     forward = custom_ops.whole if inputs.cu_seqlens is None else custom_ops.packed
     torch.library.opcheck(forward, arguments_of(inputs.replace(**leaves), recurrent=False))
     do = torch.ones_like(inputs.v)
-    needed = [name in ("k", "v", "A_log") and getattr(inputs, name) is not None for name in custom_ops.TENSOR_ARGUMENTS]
+    needed = [name in ("k", "v", "A_log") and getattr(inputs, name) is not None for name in TENSOR_ARGUMENTS]
     backward = getattr(torch.ops.kda, f"{prefix.removeprefix('kda::')}backward").default
     torch.library.opcheck(backward, (*arguments_of(inputs, recurrent=False), do, None, needed))
 
