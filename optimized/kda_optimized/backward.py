@@ -229,12 +229,27 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Walked]:
     return rows, walked
 
 
+def _written(run: Backward, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the last kernel writes of q, k and g: their gradients, or by value head and in float32 where heads are shared.
+
+    All three are written whoever asks: without one of these stores the compiler lays the sums for A_log and dt_bias out anew, and so adds
+    in another order.
+    """
+    call, x = run.call, run.call.inputs
+    dtypes = {name: getattr(x, name).dtype for name in ("q", "k", "g")}
+    own = found
+    if call.sizes["H"] != call.sizes["G"]:
+        dtypes |= {"q": torch.float32, "k": torch.float32}
+        own = {name: tensor for name, tensor in found.items() if name == "g"}
+    return {name: own[name] if name in own else call.new(*x.g.shape, dtype=dtype) for name, dtype in dtypes.items()}
+
+
 def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walked) -> None:
     """Fill in the gradients of q, k, beta, the gate and its parameters, some spans at a time."""
     call, x, sizes, spans = run.call, run.call.inputs, run.call.sizes, run.spans
     shared_heads = sizes["H"] != sizes["G"]
     found |= run.new_gradients("q", "k", "g", "beta")
-    by_head = {name: call.new(*x.g.shape) for name in ("q", "k") if name in found} if shared_heads else found
+    written = _written(run, found) if run.by_channel else {}
     at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (8 * sizes["G"] * spans.chunk_len**2)))
     dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len) if run.by_channel else None
     slope_parts = call.per_chunk() if "A_log" in run.needed else None
@@ -250,7 +265,7 @@ def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walk
     channels = {
         **shared, **rows._asdict(), **call.tensors("q", "k", "g"), **call.gate(), **walked.states.arguments("states", "state_scales"),
         **walked.dstates.arguments("dstates", "dstate_scales"), **call.pick("H"),
-        **gradients(q=by_head.get("q"), k=by_head.get("k"), g=found.get("g")),
+        **{f"d{name}": tensor for name, tensor in written.items()},
         "dA_parts": slope_parts, "HAS_DA": slope_parts is not None, "dbias_parts": bias_parts, "HAS_DBIAS": bias_parts is not None,
         "chunk_offsets": call.schedule.chunk_offsets,
         "BC": tile(call.config(kda_chunk_bwd_channels_kernel).block_k, padded(sizes["K"])),
@@ -262,10 +277,10 @@ def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walk
         call.start(kda_chunk_bwd_pairs_kernel, programs, {**pairs, "first_span": first})
         if run.by_channel:
             call.start(kda_chunk_bwd_channels_kernel, programs, {**channels, "first_span": first})
-    if shared_heads and by_head:
+    if shared_heads and ("q" in found or "k" in found):
         num_tokens = x.q.shape[0] * x.q.shape[1]
         arguments = {
-            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": by_head.get("q"), "dk_G": by_head.get("k"),
+            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": written["q"], "dk_G": written["k"],
             **gradients(q=found.get("q"), k=found.get("k")),
             "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
             "USE_L2NORM": x.use_qk_l2norm_in_kernel,

@@ -64,7 +64,7 @@ def kda_chunk_bwd_channels_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr, USE_L2NORM: tl.constexpr, PULL_NORM: tl.constexpr, USE_GATE: tl.constexpr,
     BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
-    HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr, HAS_DG: tl.constexpr, HAS_DA: tl.constexpr, HAS_DBIAS: tl.constexpr,
+    HAS_DA: tl.constexpr, HAS_DBIAS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one span and value head; those of q and k before the norm where PULL_NORM, else of its results."""
     N: tl.constexpr = BT // STRIP
@@ -243,10 +243,8 @@ def kda_chunk_bwd_channels_kernel(
             b_dq = unit_pullback(b_dq, b_q, tl.load(p_token + Q_NORM * STRIP))
             b_dk = unit_pullback(b_dk, b_k, tl.load(p_token + K_NORM * STRIP))
         o_y = i_tg * K + o_t[None, None, :] * (G * K) + o_k[:, :, None]
-        if HAS_DQ:
-            tl.store(dq + o_y, b_dq, mask=m_x)
-        if HAS_DK:
-            tl.store(dk + o_y, b_dk, mask=m_x)
+        tl.store(dq + o_y, b_dq, mask=m_x)
+        tl.store(dk + o_y, b_dk, mask=m_x)
         if USE_GATE:
             # Read again rather than kept: registers are what this kernel is short of.
             b_x = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
@@ -256,7 +254,6 @@ def kda_chunk_bwd_channels_kernel(
                 tl.store(dA_parts + i_cg, tl.sum(tl.sum(tl.sum(b_yk, axis=2), axis=1), axis=0))
             if HAS_DBIAS:
                 tl.store(dbias_parts + i_cg * K + o_k, tl.sum(b_dg, axis=2), mask=m_k)
-        if HAS_DG:
-            tl.store(dg + o_y, b_dg, mask=m_x)
+        tl.store(dg + o_y, b_dg, mask=m_x)
         p_decay = decay + i_cg * (2 * BK) + o_k
         b_end *= tl.load(p_decay) * tl.load(p_decay + BK)
