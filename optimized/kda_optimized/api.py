@@ -1,4 +1,6 @@
-"""The public functions: argument checks and the derivative.
+"""The public functions.
+
+What is refused is in ``checks``, the derivative in ``derivative``, what compilers see in ``custom_ops``.
 
 Reading order of the kernels: ``chunks``, ``products``, ``strips``; ``forward_prepare``, ``forward_walk``, ``forward_segments`` and
 ``recurrent``, which ``chunkwise`` launches; ``backward_prepare``, ``backward_states``, ``backward_walk``, ``backward_pairs``,
@@ -77,7 +79,12 @@ def chunk_kda(
     Deterministic, and prefix-causal bit for bit. Every gate is safe: a decay is only ever the exponential of a sum of log decays
     between two tokens. Float32 inputs are computed in float32; for 16-bit inputs the operands of matrix products carry
     11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. Where sequences and
-    heads are few, a sequence is cut into segments that are walked side by side. The backward keeps the inputs only.
+    heads are few, a sequence is cut into segments that are walked side by side. The backward keeps the inputs only, and computes gradients
+    of those that require them only; the gradients themselves have none.
+
+    Autocast changes nothing: dtypes are those of the arguments. Under ``torch.compile`` the call is one operator. Where ``cu_seqlens`` is
+    given, it is read on the host, once, which waits for a GPU that holds it; nothing else is read, so that calls without it, or with it on
+    the CPU, can be captured in a CUDA graph once they have been made before.
 
     References
     ----------

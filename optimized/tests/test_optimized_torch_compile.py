@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import kda_optimized
@@ -15,6 +16,7 @@ from kda_reference.errors import PackingError
 from optimized_calls import DEVICE, Calls, differentiate, evaluate, state_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -151,3 +153,37 @@ def test_fake_tensors_give_shapes_without_a_launch(calls: Calls, function: Calla
     assert tuple(state_of(result).shape) == inputs.state_shape
     for gradient, fake in zip(gradients, fakes.values(), strict=True):
         assert (gradient.shape, gradient.dtype) == (fake.shape, fake.dtype)
+
+
+@BOTH
+def test_an_exported_program_holds_the_call_as_one_operator(calls: Calls, function: Callable[..., Any]) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            return function(*tensors)[0]  # type: ignore[no-any-return]
+
+    x = calls(T=20)
+    tensors = (x.q, x.k, x.v, x.g, x.beta)
+    program = torch.export.export(Layer(), tensors)
+    called = [node.target for node in program.graph.nodes if node.target == torch.ops.kda.forward.default]
+    assert len(called) == 1
+    assert torch.equal(program.module()(*tensors), evaluate(x, function).o)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_selective_checkpointing_may_save_the_call(calls: Calls, saved: bool) -> None:  # noqa: FBT001
+    x = calls(T=20)
+    v = x.v.detach().requires_grad_()
+
+    def policy(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+        wanted = saved and operator == torch.ops.kda.forward.default
+        return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layer(v: torch.Tensor) -> torch.Tensor:
+        return evaluate(x.replace(v=v.sin())).o.cos()
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    with recorded() as launches:
+        checkpoint(layer, v, use_reentrant=False, context_fn=contexts).sum().backward()
+    names = [launch.name for launch in launches]
+    assert names.count("kda_chunk_fwd_walk_kernel") == (1 if saved else 2)
+    assert names.count("kda_chunk_bwd_walk_kernel") == 1
