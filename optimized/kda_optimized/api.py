@@ -1,4 +1,6 @@
-"""The public functions: argument checks and the derivative.
+"""The public functions.
+
+What is refused is in ``checks``, the derivative in ``derivative``, what compilers see in ``custom_ops``.
 
 Reading order of the kernels: ``chunks``, ``products``, ``strips``; ``forward_prepare``, ``forward_walk``, ``forward_segments`` and
 ``recurrent``, which ``chunkwise`` launches; ``backward_prepare``, ``backward_states``, ``backward_walk``, ``backward_pairs``,
@@ -7,21 +9,18 @@ Reading order of the kernels: ``chunks``, ``products``, ``strips``; ``forward_pr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from kda_reference.contract import KdaInputs, check_inputs
-from kda_reference.errors import DomainError, DtypeError
+from kda_reference.contract import KdaInputs
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from kda_optimized.backward import chunk_backward
-from kda_optimized.chunkwise import chunk_forward, recurrent_forward
-from kda_optimized.interpreter import check_device
+from kda_optimized import custom_ops
+from kda_optimized.checks import admit
+from kda_optimized.derivative import KdaNode, arguments_of, evaluate
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MAX_WIDTH = 256
-DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 
 
 def chunk_kda(
@@ -80,7 +79,12 @@ def chunk_kda(
     Deterministic, and prefix-causal bit for bit. Every gate is safe: a decay is only ever the exponential of a sum of log decays
     between two tokens. Float32 inputs are computed in float32; for 16-bit inputs the operands of matrix products carry
     11 (float16, with the magnitude taken out) or 16 bits (two bfloat16 values), never 8, and the state is float32. Where sequences and
-    heads are few, a sequence is cut into segments that are walked side by side. The backward keeps the inputs only.
+    heads are few, a sequence is cut into segments that are walked side by side. The backward keeps the inputs only, and computes gradients
+    of those that require them only; the gradients themselves have none.
+
+    Autocast changes nothing: dtypes are those of the arguments. Under ``torch.compile`` the call is one operator. Where ``cu_seqlens`` is
+    given, it is read on the host, once, which waits for a GPU that holds it; nothing else is read, so that calls without it, or with it on
+    the CPU, can be captured in a CUDA graph once they have been made before.
 
     References
     ----------
@@ -124,52 +128,11 @@ def fused_recurrent_kda(
 
 
 def _apply(inputs: KdaInputs, *, recurrent: bool) -> tuple[Tensor, Tensor | None]:
-    _check(inputs)
-    tensors = inputs.tensors()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
-        result: tuple[Tensor, Tensor | None] = _Kda.apply(
-            inputs, recurrent, *(tensors.get(name) for name in DIFFERENTIABLE)
-        )  # type: ignore[no-untyped-call]
+    # Nobody else pays for the dispatcher: it makes the host's share of a short training call a half longer.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return custom_ops.call(inputs, recurrent=recurrent)
+    inputs = admit(inputs)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors().values()):
+        result: tuple[Tensor, Tensor | None] = KdaNode.apply(*arguments_of(inputs, recurrent=recurrent))  # type: ignore[no-untyped-call]
         return result
-    return recurrent_forward(inputs) if recurrent else chunk_forward(inputs)
-
-
-def _check(inputs: KdaInputs) -> None:
-    check_inputs(inputs)
-    for name, tensor in inputs.tensors().items():
-        if tensor.dtype == torch.float64:
-            message = f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}; convert it to float32"
-            raise DtypeError(message)
-    for name, tensor in (("q", inputs.q), ("v", inputs.v)):
-        if tensor.shape[-1] > MAX_WIDTH:
-            message = f"{name} must have a head width of at most {MAX_WIDTH}, got {tensor.shape[-1]}; split the head"
-            raise DomainError(message)
-    if inputs.chunk_size < 1:
-        message = f"chunk_size must be positive, got {inputs.chunk_size}; 64 is the usual choice"
-        raise DomainError(message)
-    check_device(inputs.q.device)
-
-
-class _Kda(torch.autograd.Function):
-    """The call as one node of the derivative graph; the tensors are passed beside ``inputs`` so that autograd sees them."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: KdaInputs, recurrent: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401, FBT001
-        ctx.set_materialize_grads(False)
-        ctx.names = [name for name, tensor in zip(DIFFERENTIABLE, tensors, strict=True) if tensor is not None]
-        ctx.inputs = inputs.replace(**dict.fromkeys(ctx.names))
-        ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None))
-        return recurrent_forward(inputs) if recurrent else chunk_forward(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        if do is None and dfinal_state is None:
-            return (None,) * (2 + len(DIFFERENTIABLE))
-        inputs = ctx.inputs.replace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
-        found = chunk_backward(inputs, do, dfinal_state)
-        needed = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *(found.get(name) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)),
-        )
+    return evaluate(inputs, recurrent=recurrent)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from kda_reference.contract import TENSOR_ARGUMENTS
 
 from kda_optimized.backward_channels import kda_chunk_bwd_channels_kernel
 from kda_optimized.backward_heads import kda_chunk_bwd_heads_kernel
@@ -23,10 +24,15 @@ from kda_optimized.launch_config import padded, tile
 from kda_optimized.packing import Schedule, schedule
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kda_reference.contract import KdaInputs
     from torch import Tensor
 
 SPANS = (64, 32, 16)
+# Gradients that the last kernel makes, and those for which errors and pulled cotangents are needed.
+BY_CHANNEL = frozenset(("q", "k", "g", "A_log", "dt_bias"))
+BY_PAIR = BY_CHANNEL | {"beta"}
 ROWS_PER_PROGRAM = 32
 # Gradients of pairs are written and read back at once: as many spans at a time as fill a device several times and hardly outgrow its cache.
 SCRATCH_BYTES = 2**26
@@ -43,14 +49,23 @@ class Rows(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A tensor as the walks write it: in the operand dtype, with the scales of each tile of value channels beside it."""
+    """A tensor as the walks write it: in the operand dtype, with the scales of each tile of value channels beside it; or neither."""
 
-    values: Tensor
-    scales: Tensor
+    values: Tensor | None
+    scales: Tensor | None
 
-    def arguments(self, name: str, scales: str) -> dict[str, Tensor]:
+    def arguments(self, name: str, scales: str) -> dict[str, Tensor | None]:
         """Return both as kernel arguments."""
         return {name: self.values, scales: self.scales}
+
+
+class Walked(NamedTuple):
+    """What the two walks leave for gradients by pair and by channel; see ``backward_states`` and ``backward_walk``."""
+
+    states: Scaled
+    dstates: Scaled
+    errors: Scaled
+    pulled: Scaled
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,35 @@ class Backward:
         Cotangents of the results; ``None`` counts as zero.
     spans
         The sequences cut into spans, before each of which the state is kept.
+    needed
+        Names of the arguments whose gradients are asked for, in no order. No kernel is started, nothing stored and nothing allocated for
+        the others alone; what is computed is the same bit for bit.
     """
 
     call: Call
     do: Tensor | None
     dfinal_state: Tensor | None
     spans: Schedule
+    needed: frozenset[str]
+
+    @property
+    def by_pair(self) -> bool:
+        """Return whether errors and pulled cotangents are needed."""
+        return not BY_PAIR.isdisjoint(self.needed)
+
+    @property
+    def by_channel(self) -> bool:
+        """Return whether states, their cotangents and gradients of scores are needed, too."""
+        return not BY_CHANNEL.isdisjoint(self.needed)
+
+    def new_gradients(self, *names: str) -> dict[str, Tensor]:
+        """Return uninitialised gradients of those arguments that need one, in their shapes and dtypes."""
+        tensors = self.call.inputs.tensors()
+        return {
+            name: self.call.new(*tensors[name].shape, dtype=tensors[name].dtype)
+            for name in names
+            if name in self.needed
+        }
 
     def value_tile(self) -> int:
         """Return the value channels of a tile, the same in all kernels, since scales belong to tiles."""
@@ -88,49 +126,60 @@ class Backward:
         """Return the cotangent of the outputs."""
         return {"do": self.do, **strides("o", "bthv", self.do), "HAS_DO": self.do is not None}
 
-    def scaled(self, *shape: int, scales: tuple[int, ...]) -> Scaled:
-        """Return uninitialised buffers of values and scales."""
+    def scaled(self, *shape: int, scales: tuple[int, ...], needed: bool) -> Scaled:
+        """Return uninitialised buffers of values and scales, or none."""
+        if not needed:
+            return Scaled(None, None)
         return Scaled(self.call.new(*shape, dtype=self.operand()), self.call.new(*scales))
 
     def operand(self) -> torch.dtype:
         """Return the dtype of scaled operands."""
         return torch.float32 if self.call.exact else torch.float16
 
-    def state(self) -> Scaled:
-        """Return a buffer for a state before or after every span, ``[spans, G, V, BK]``."""
-        sizes, width, tiles = self.call.sizes, padded(self.call.sizes["K"]), self._tiles()
-        heads = (self.spans.num_chunks, sizes["G"])
-        return self.scaled(*heads, sizes["V"], width, scales=(*heads, tiles, width))
-
-    def rows(self) -> Scaled:
-        """Return a buffer for value channels token by token, ``[B T, G, V]``."""
-        sizes, x = self.call.sizes, self.call.inputs
-        heads = (x.q.shape[0] * x.q.shape[1], sizes["G"])
-        return self.scaled(*heads, sizes["V"], scales=(*heads, self._tiles()))
+    def walked(self) -> Walked:
+        """Return buffers for states at the spans, ``[spans, G, V, BK]``, and for value channels token by token, ``[B T, G, V]``."""
+        sizes, width, x = self.call.sizes, padded(self.call.sizes["K"]), self.call.inputs
+        spans, tokens = (self.spans.num_chunks, sizes["G"]), (x.q.shape[0] * x.q.shape[1], sizes["G"])
+        states, dstates = (
+            self.scaled(*spans, sizes["V"], width, scales=(*spans, self._tiles(), width), needed=self.by_channel)
+            for _ in range(2)
+        )
+        errors, pulled = (
+            self.scaled(*tokens, sizes["V"], scales=(*tokens, self._tiles()), needed=self.by_pair) for _ in range(2)
+        )
+        return Walked(states, dstates, errors, pulled)
 
     def _tiles(self) -> int:
         return -(-self.call.sizes["V"] // self.value_tile())
 
 
-def chunk_backward(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None) -> dict[str, Tensor]:
+def gradients(**found: Tensor | None) -> dict[str, Any]:
+    """Return gradients as kernel arguments, and whether they are asked for."""
+    named = {f"d{name}": tensor for name, tensor in found.items()}
+    return named | {f"HAS_{name.upper()}": tensor is not None for name, tensor in named.items()}
+
+
+def chunk_backward(
+    inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None, needed: Iterable[str] = TENSOR_ARGUMENTS
+) -> dict[str, Tensor]:
     """Return the gradients of ``<do, o> + <dfinal_state, final_state>`` by argument name, in the dtype of each argument.
 
+    ``needed`` names the arguments whose gradients are returned, where the call has them; all of them unless given.
     Nothing of the forward pass is kept but its inputs: preparing the chunks again costs less than reading what would be stored.
     """
     call = Call.of(inputs)
     length = next(length for length in SPANS if length <= max(CHUNK, inputs.chunk_size))
-    run = Backward(call, do, dfinal_state, schedule(inputs, length))
+    names = frozenset(needed).intersection(inputs.tensors())
+    run = Backward(call, do, dfinal_state, schedule(inputs, length), names)
     found: dict[str, Tensor] = {}
-    rows, states, dstates, errors, pulled = _walk(run, found)
-    # Only now, when what the walks alone read is free again.
-    for name, tensor in call.inputs.tensors().items():
-        if name not in found:
-            found[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=call.device)
-    _gradients(run, found, rows, states, dstates, errors, pulled)
+    rows, walked = _walk(run, found)
+    if run.by_pair:
+        # Only now, when what the walks alone read is free again.
+        _gradients(run, found, rows, walked)
     return found
 
 
-def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Scaled, Scaled, Scaled, Scaled]:
+def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Walked]:
     """Prepare the chunks and walk along them in both directions; fill in the gradients of v and of the initial state."""
     call, x, sizes = run.call, run.call.inputs, run.call.sizes
     width, planes = padded(sizes["K"]), 1 if call.exact else 2
@@ -151,61 +200,74 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Scaled, Scaled
     call.start(kda_chunk_bwd_prepare_kernel, call.schedule.num_chunks * sizes["G"], arguments)
 
     programs = x.num_sequences * sizes["G"] * -(-sizes["V"] // run.value_tile())
-    states, dstates, errors, pulled = run.state(), run.state(), run.rows(), run.rows()
+    walked = run.walked()
     shared = {
         **common, "cu_seqlens": call.schedule.cu_seqlens,
         "k_rows": k_rows, "pull_rows": pull_rows, "tokens": rows.tokens, "decay": rows.decay,
         "chunk_offsets": call.schedule.chunk_offsets, "span_offsets": run.spans.chunk_offsets, "SPAN": run.spans.chunk_len // CHUNK,
     }  # fmt: skip
-    arguments = {
-        **shared, **call.tensors("v"), "solve": solve, **states.arguments("states", "state_scales"),
-        **errors.arguments("errors", "error_scales"), "initial_state": x.initial_state,
-        **call.state_strides("i", x.initial_state), "HAS_INITIAL": x.initial_state is not None,
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_states_kernel, programs, arguments)
+    if run.by_pair:
+        arguments = {
+            **shared, **call.tensors("v"), "solve": solve, **walked.states.arguments("states", "state_scales"),
+            **walked.errors.arguments("errors", "error_scales"), "initial_state": x.initial_state,
+            **call.state_strides("i", x.initial_state), "HAS_INITIAL": x.initial_state is not None, "HAS_STATES": run.by_channel,
+        }  # fmt: skip
+        call.start(kda_chunk_bwd_states_kernel, programs, arguments)
 
-    found["v"] = torch.empty(x.v.shape, dtype=x.v.dtype, device=call.device)
-    if x.initial_state is not None:
+    found |= run.new_gradients("v")
+    if "initial_state" in run.needed:
         found["initial_state"] = call.new_state()
-    dinitial = found.get("initial_state")
+    dv, dinitial = found.get("v"), found.get("initial_state")
     arguments = {
-        **shared, **run.cotangent(), "q_rows": q_rows, "mix": mix, "dv": found["v"],
+        **shared, **run.cotangent(), "q_rows": q_rows, "mix": mix, "dv": dv, "HAS_DV": dv is not None,
         "dfinal_state": run.dfinal_state, **call.state_strides("f", run.dfinal_state), "HAS_DFINAL": run.dfinal_state is not None,
         "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
-        **dstates.arguments("dstates", "dstate_scales"), **pulled.arguments("pulled", "pulled_scales"),
+        **walked.dstates.arguments("dstates", "dstate_scales"), **walked.pulled.arguments("pulled", "pulled_scales"),
+        "HAS_STATES": run.by_channel, "HAS_PULLED": run.by_pair,
     }  # fmt: skip
     call.start(kda_chunk_bwd_walk_kernel, programs, arguments)
-    return rows, states, dstates, errors, pulled
+    return rows, walked
 
 
-def _gradients(
-    run: Backward,
-    found: dict[str, Tensor],
-    rows: Rows,
-    states: Scaled,
-    dstates: Scaled,
-    errors: Scaled,
-    pulled: Scaled,
-) -> None:
+def _written(run: Backward, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the last kernel writes of q, k and g: their gradients, or by value head and in float32 where heads are shared.
+
+    All three are written whoever asks: without one of these stores the compiler lays the sums for A_log and dt_bias out anew, and so adds
+    in another order.
+    """
+    call, x = run.call, run.call.inputs
+    dtypes = {name: getattr(x, name).dtype for name in ("q", "k", "g")}
+    own = found
+    if call.sizes["H"] != call.sizes["G"]:
+        dtypes |= {"q": torch.float32, "k": torch.float32}
+        own = {name: tensor for name, tensor in found.items() if name == "g"}
+    return {name: own[name] if name in own else call.new(*x.g.shape, dtype=dtype) for name, dtype in dtypes.items()}
+
+
+def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walked) -> None:
     """Fill in the gradients of q, k, beta, the gate and its parameters, some spans at a time."""
     call, x, sizes, spans = run.call, run.call.inputs, run.call.sizes, run.spans
     shared_heads = sizes["H"] != sizes["G"]
-    dq, dk = (call.new(*x.g.shape) for _ in range(2)) if shared_heads else (found["q"], found["k"])
+    found |= run.new_gradients("q", "k", "g", "beta")
+    written = _written(run, found) if run.by_channel else {}
     at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (8 * sizes["G"] * spans.chunk_len**2)))
-    dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len)
-    slope_parts, bias_parts = call.per_chunk(), call.per_chunk(sizes["K"])
+    dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len) if run.by_channel else None
+    slope_parts = call.per_chunk() if "A_log" in run.needed else None
+    bias_parts = call.per_chunk(sizes["K"]) if "dt_bias" in run.needed else None
     shared = {
-        **run.common(), **run.cotangent(), **errors.arguments("errors", "error_scales"), **pulled.arguments("pulled", "pulled_scales"),
-        "dscores": dscores, "span_table": spans.chunk_table, "BT": spans.chunk_len,
+        **run.common(), **run.cotangent(), **walked.errors.arguments("errors", "error_scales"),
+        **walked.pulled.arguments("pulled", "pulled_scales"), "dscores": dscores, "span_table": spans.chunk_table, "BT": spans.chunk_len,
     }  # fmt: skip
     pairs = {
         **{name: value for name, value in shared.items() if name not in ("BK", "K")},
-        **call.tensors("beta"), **call.strength(), "dbeta": found["beta"],
+        **call.tensors("beta"), **call.strength(), **gradients(beta=found.get("beta")), "HAS_DSCORES": run.by_channel,
     }  # fmt: skip
     channels = {
-        **shared, **rows._asdict(), **call.tensors("q", "k", "g"), **call.gate(), **states.arguments("states", "state_scales"),
-        **dstates.arguments("dstates", "dstate_scales"), **call.pick("H"), "dq": dq, "dk": dk, "dg": found["g"],
-        "dA_parts": slope_parts, "dbias_parts": bias_parts, "chunk_offsets": call.schedule.chunk_offsets,
+        **shared, **rows._asdict(), **call.tensors("q", "k", "g"), **call.gate(), **walked.states.arguments("states", "state_scales"),
+        **walked.dstates.arguments("dstates", "dstate_scales"), **call.pick("H"),
+        **{f"d{name}": tensor for name, tensor in written.items()},
+        "dA_parts": slope_parts, "HAS_DA": slope_parts is not None, "dbias_parts": bias_parts, "HAS_DBIAS": bias_parts is not None,
+        "chunk_offsets": call.schedule.chunk_offsets,
         "BC": tile(call.config(kda_chunk_bwd_channels_kernel).block_k, padded(sizes["K"])),
         "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
         "PULL_NORM": x.use_qk_l2norm_in_kernel and not shared_heads,
@@ -213,17 +275,19 @@ def _gradients(
     for first in range(0, spans.num_chunks, at_once):
         programs = min(at_once, spans.num_chunks - first) * sizes["G"]
         call.start(kda_chunk_bwd_pairs_kernel, programs, {**pairs, "first_span": first})
-        call.start(kda_chunk_bwd_channels_kernel, programs, {**channels, "first_span": first})
-    if shared_heads:
+        if run.by_channel:
+            call.start(kda_chunk_bwd_channels_kernel, programs, {**channels, "first_span": first})
+    if shared_heads and ("q" in found or "k" in found):
         num_tokens = x.q.shape[0] * x.q.shape[1]
         arguments = {
-            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": dq, "dk_G": dk, "dq": found["q"], "dk": found["k"],
+            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": written["q"], "dk_G": written["k"],
+            **gradients(q=found.get("q"), k=found.get("k")),
             "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
             "USE_L2NORM": x.use_qk_l2norm_in_kernel,
         }  # fmt: skip
         call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
     # The second stage of these sums runs in a fixed order too.
-    if "A_log" in found:
+    if slope_parts is not None:
         found["A_log"] = slope_parts.sum(0)
-    if "dt_bias" in found:
+    if bias_parts is not None:
         found["dt_bias"] = bias_parts.sum(0).flatten()

@@ -64,6 +64,7 @@ def kda_chunk_bwd_channels_kernel(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr, USE_L2NORM: tl.constexpr, PULL_NORM: tl.constexpr, USE_GATE: tl.constexpr,
     BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    HAS_DA: tl.constexpr, HAS_DBIAS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one span and value head; those of q and k before the norm where PULL_NORM, else of its results."""
     N: tl.constexpr = BT // STRIP
@@ -249,9 +250,9 @@ def kda_chunk_bwd_channels_kernel(
             b_x = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
             b_x += b_bias[:, :, None]
             b_dg, b_yk = log_decay_pullback(tl.where(m_x, b_dg, 0.0), b_x, b_A, b_slope, lower_bound, BOUNDED)
-            if HAS_A_LOG:
+            if HAS_DA:
                 tl.store(dA_parts + i_cg, tl.sum(tl.sum(tl.sum(b_yk, axis=2), axis=1), axis=0))
-            if HAS_DT_BIAS:
+            if HAS_DBIAS:
                 tl.store(dbias_parts + i_cg * K + o_k, tl.sum(b_dg, axis=2), mask=m_k)
         tl.store(dg + o_y, b_dg, mask=m_x)
         p_decay = decay + i_cg * (2 * BK) + o_k

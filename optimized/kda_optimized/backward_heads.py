@@ -23,6 +23,7 @@ def gather_heads(p_dy, p_x, o_x, m_tk, RATIO: tl.constexpr, K: tl.constexpr, USE
 def kda_chunk_bwd_heads_kernel(
     q, k, dq_G, dk_G, dq, dk, stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk, T, num_tokens,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, USE_L2NORM: tl.constexpr,
+    HAS_DQ: tl.constexpr, HAS_DK: tl.constexpr,
 ):  # fmt: skip
     """Sum gradients of normalised q and k over the value heads that read them, and carry them through the norm."""
     RATIO: tl.constexpr = G // H
@@ -37,5 +38,7 @@ def kda_chunk_bwd_heads_kernel(
     o_h = (o_r * H + i_h)[:, None] * K + o_k[None, :]
     o_q = i_b * stride_qb + i_t * stride_qt + i_h.to(tl.int64) * stride_qh + o_c * stride_qk
     o_x = i_b * stride_kb + i_t * stride_kt + i_h.to(tl.int64) * stride_kh + o_c * stride_kk
-    tl.store(dq + o_h, gather_heads(dq_G + o_g, q, o_q, m_tk, RATIO, K, USE_L2NORM), mask=m_tk)
-    tl.store(dk + o_h, gather_heads(dk_G + o_g, k, o_x, m_tk, RATIO, K, USE_L2NORM), mask=m_tk)
+    if HAS_DQ:
+        tl.store(dq + o_h, gather_heads(dq_G + o_g, q, o_q, m_tk, RATIO, K, USE_L2NORM), mask=m_tk)
+    if HAS_DK:
+        tl.store(dk + o_h, gather_heads(dk_G + o_g, k, o_x, m_tk, RATIO, K, USE_L2NORM), mask=m_tk)

@@ -40,6 +40,7 @@ def kda_chunk_bwd_pairs_kernel(
     stride_ob, stride_ot, stride_oh, stride_ov, stride_bb, stride_bt, stride_bh, T,
     G: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr,
     USE_SIGMOID: tl.constexpr, CEILING: tl.constexpr,
+    HAS_DSCORES: tl.constexpr, HAS_DBETA: tl.constexpr,
 ):  # fmt: skip
     """Write ``dP`` and ``dL`` of one span and value head, unmasked, and the gradient of beta or its logit."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -58,13 +59,15 @@ def kda_chunk_bwd_pairs_kernel(
         b_e, b_es = load_scaled(errors, error_scales, i_tg, o_t, o_v, i_v, m_t, G, V, NV)
         b_Y, b_Ys = load_scaled(pulled, pulled_scales, i_tg, o_t, o_v, i_v, m_t, G, V, NV)
         b_Ye += tl.dot(b_Y, tl.trans(b_e), input_precision="ieee") * b_Ys[:, None] * b_es[None, :]
-        if HAS_DO:
+        if HAS_DO & HAS_DSCORES:
             m_tv = m_t[:, None] & (o_v < V)[None, :]
             b_do = load_tile(do, i_b, i_g, t_0, o_t, o_v, m_tv, stride_ob, stride_ot, stride_oh, stride_ov)
             b_do, b_dos = operand_rows(b_do, EXACT)
             b_dP += tl.dot(b_do, tl.trans(b_e), input_precision="ieee") * b_dos[:, None] * b_es[None, :]
-    p_tt = dscores + (i_s.to(tl.int64) * G + i_g) * (2 * BT * BT) + o_t[:, None] * BT + o_t[None, :]
-    tl.store(p_tt, b_dP * b_b[None, :])
-    tl.store(p_tt + BT * BT, -b_Ye * b_b[:, None] * b_b[None, :])
-    b_db = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_Ye, 0.0), axis=1)
-    tl.store(dbeta + i_tg + o_t * G, strength_pullback(b_db, b_x, USE_SIGMOID, CEILING), mask=m_t)
+    if HAS_DSCORES:
+        p_tt = dscores + (i_s.to(tl.int64) * G + i_g) * (2 * BT * BT) + o_t[:, None] * BT + o_t[None, :]
+        tl.store(p_tt, b_dP * b_b[None, :])
+        tl.store(p_tt + BT * BT, -b_Ye * b_b[:, None] * b_b[None, :])
+    if HAS_DBETA:
+        b_db = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_Ye, 0.0), axis=1)
+        tl.store(dbeta + i_tg + o_t * G, strength_pullback(b_db, b_x, USE_SIGMOID, CEILING), mask=m_t)

@@ -87,7 +87,7 @@ def kda_chunk_bwd_states_kernel(
     cu_seqlens, chunk_offsets, span_offsets,
     stride_vb, stride_vt, stride_vh, stride_vv, stride_in, stride_ig, stride_ik, stride_iv, T,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """Walk along one sequence of one value head, for BV of its value channels."""
     PLANES: tl.constexpr = 1 if EXACT else 2
@@ -112,7 +112,7 @@ def kda_chunk_bwd_states_kernel(
     if HAS_INITIAL:
         p_s = initial_state + i_n.to(tl.int64) * stride_in + i_g.to(tl.int64) * stride_ig
         b_S += load_state(p_s, o_v, o_k, m_vk, stride_ik, stride_iv)
-    if n_c > 0:
+    if HAS_STATES and n_c > 0:
         i_sg = s_0 * G + i_g
         store_columns(
             states + i_sg * (V * BK) + o_vk,
@@ -165,7 +165,7 @@ def kda_chunk_bwd_states_kernel(
             errors + i_tg * V + o_y, error_scales + i_tg * NV + o_ys, b_e, m_v[:, None] & m_t[None, :], m_t, EXACT
         )
         b_v, b_ks, b_ps, b_b, b_entry, b_total = b_v_next, b_ks_next, b_ps_next, b_b_next, b_entry_next, b_total_next
-        if ((i_t + 1) % SPAN == 0) & (i_t + 1 < n_c):
+        if HAS_STATES and ((i_t + 1) % SPAN == 0) & (i_t + 1 < n_c):
             i_sg = (s_0 + (i_t + 1) // SPAN) * G + i_g
             store_columns(
                 states + i_sg * (V * BK) + o_vk,

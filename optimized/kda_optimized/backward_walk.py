@@ -26,7 +26,8 @@ def kda_chunk_bwd_walk_kernel(
     stride_ob, stride_ot, stride_oh, stride_ov, stride_fn, stride_fg, stride_fk, stride_fv,
     stride_in, stride_ig, stride_ik, stride_iv, T,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
-    HAS_DO: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr,
+    HAS_DO: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_DV: tl.constexpr, HAS_PULLED: tl.constexpr,
+    HAS_STATES: tl.constexpr,
 ):  # fmt: skip
     """Walk back along one sequence of one value head, for BV of its value channels."""
     PLANES: tl.constexpr = 1 if EXACT else 2
@@ -51,7 +52,7 @@ def kda_chunk_bwd_walk_kernel(
     if HAS_DFINAL:
         p_s = dfinal_state + i_n.to(tl.int64) * stride_fn + i_g.to(tl.int64) * stride_fg
         b_dS += load_state(p_s, o_v, o_k, m_vk, stride_fk, stride_fv)
-    if n_c > 0:
+    if HAS_STATES and n_c > 0:
         i_sg = (s_0 + (n_c - 1) // SPAN) * G + i_g
         store_columns(
             dstates + i_sg * (V * BK) + o_vk,
@@ -116,8 +117,10 @@ def kda_chunk_bwd_walk_kernel(
         b_dS = b_dS * b_entry[None, :]
         i_tg = (t_g + t_c) * G + i_g
         m_vt = m_v[:, None] & m_t[None, :]
-        tl.store(dv + i_tg * V + o_y, b_dv, mask=m_vt)
-        store_columns(pulled + i_tg * V + o_y, pulled_scales + i_tg * NV + o_ys, b_Y, m_vt, m_t, EXACT)
+        if HAS_DV:
+            tl.store(dv + i_tg * V + o_y, b_dv, mask=m_vt)
+        if HAS_PULLED:
+            store_columns(pulled + i_tg * V + o_y, pulled_scales + i_tg * NV + o_ys, b_Y, m_vt, m_t, EXACT)
         b_Y = tl.zeros((BV, STRIP), dtype=tl.float32)
         if HAS_DO:
             i_cg = (c_0 + tl.maximum(i_t - 1, 0)) * G + i_g
@@ -125,7 +128,7 @@ def kda_chunk_bwd_walk_kernel(
         b_do, b_qs, b_ks, b_ps, b_b, b_entry, b_total = (
             b_do_next, b_qs_next, b_ks_next, b_ps_next, b_b_next, b_entry_next, b_total_next,
         )  # fmt: skip
-        if (i_t % SPAN == 0) & (i_t > 0):
+        if HAS_STATES and (i_t % SPAN == 0) & (i_t > 0):
             i_sg = (s_0 + i_t // SPAN - 1) * G + i_g
             store_columns(
                 dstates + i_sg * (V * BK) + o_vk,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kda_optimized.graph_capture import hold, outside_pools
+
 if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
     from torch import Tensor
@@ -68,7 +70,8 @@ class Segments:
 
 def schedule(inputs: KdaInputs, chunk_len: int) -> Schedule:
     """Cut every sequence of a call into chunks; ``cu_seqlens`` is read on the host."""
-    return _schedule(offsets_of(inputs), chunk_len, inputs.q.shape[1], inputs.q.device)
+    device = inputs.q.device
+    return hold(_schedule(offsets_of(inputs), chunk_len, inputs.q.shape[1], device), device)
 
 
 def offsets_of(inputs: KdaInputs) -> tuple[int, ...]:
@@ -81,11 +84,16 @@ def offsets_of(inputs: KdaInputs) -> tuple[int, ...]:
 
 def segments(inputs: KdaInputs, chunk_len: int, most_chunks: int) -> Segments:
     """Cut every sequence of a call into pieces of at most ``most_chunks`` chunks, as equal as can be."""
-    return _segments(offsets_of(inputs), chunk_len, most_chunks, inputs.q.device)
+    device = inputs.q.device
+    return hold(_segments(offsets_of(inputs), chunk_len, most_chunks, device), device)
 
 
 @lru_cache(maxsize=64)
 def _segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device: torch.device) -> Segments:
+    return outside_pools(lambda: _new_segments(offsets, chunk_len, most_chunks, device), device)
+
+
+def _new_segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device: torch.device) -> Segments:
     starts, first, chunks, before = [], [0], [], 0
     for start, end in pairwise(offsets):
         count = -(-(end - start) // chunk_len)
@@ -105,7 +113,11 @@ def _segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device
 
 @lru_cache(maxsize=64)
 def _schedule(offsets: tuple[int, ...], chunk_len: int, row_len: int, device: torch.device) -> Schedule:
-    """Build the tables; calls of one shape follow each other, and a copy to the device costs more than a short kernel."""
+    """Return the tables, kept: calls of one shape follow each other, and a copy to the device costs more than a short kernel."""
+    return outside_pools(lambda: _new_schedule(offsets, chunk_len, row_len, device), device)
+
+
+def _new_schedule(offsets: tuple[int, ...], chunk_len: int, row_len: int, device: torch.device) -> Schedule:
     cu_seqlens = torch.tensor(offsets, dtype=torch.int64)
     counts = (cu_seqlens.diff() + chunk_len - 1) // chunk_len
     first = counts.cumsum(0) - counts

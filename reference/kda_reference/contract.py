@@ -191,10 +191,11 @@ class KdaGradients:
     initial_state: Tensor | None = None
 
 
-def check_inputs(inputs: KdaInputs) -> None:
+def check_inputs(inputs: KdaInputs, *, read_offsets: bool = True) -> None:
     """Refuse a call whose arguments contradict the contract, before any work is done.
 
-    Only metadata and ``cu_seqlens`` are read; use :func:`check_values` for the domains of values.
+    Only metadata and ``cu_seqlens`` are read; use :func:`check_values` for the domains of values. Without ``read_offsets`` no element of
+    any tensor is read, so that tensors without values can be checked.
 
     Raises
     ------
@@ -215,7 +216,9 @@ def check_inputs(inputs: KdaInputs) -> None:
     _check_dtypes_and_devices(inputs)
     _check_flags(inputs)
     if inputs.cu_seqlens is not None:
-        _check_packing(inputs.cu_seqlens, inputs.q.shape)
+        _check_packing(inputs.cu_seqlens, inputs.q.shape[0])
+        if read_offsets:
+            _check_offsets(inputs.cu_seqlens, inputs.q.shape[1])
     _check_state(inputs)
 
 
@@ -319,8 +322,7 @@ def _check_flags(inputs: KdaInputs) -> None:
         raise DomainError(message)
 
 
-def _check_packing(cu_seqlens: Tensor, q_shape: torch.Size) -> None:
-    batch, num_tokens = q_shape[0], q_shape[1]
+def _check_packing(cu_seqlens: Tensor, batch: int) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         message = f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}; convert it"
         raise DtypeError(message)
@@ -330,6 +332,9 @@ def _check_packing(cu_seqlens: Tensor, q_shape: torch.Size) -> None:
     if batch != 1:
         message = f"q must have batch size 1 with cu_seqlens, got {batch}; flatten the batch into the token axis"
         raise PackingError(message)
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         message = f"cu_seqlens must start at 0, got {offsets[0]}; prepend the first offset"
