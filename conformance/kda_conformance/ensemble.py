@@ -173,13 +173,16 @@ def _scores(
     chunk, num_strips = k.shape[-2], k.shape[-2] // STRIP
     strips = [slice(i * STRIP, (i + 1) * STRIP) for i in range(num_strips)]
     q_L, k_L, cumulative_L = (t.unflatten(-2, (num_strips, STRIP)) for t in (q, k, cumulative))
-    lower = torch.ones(STRIP, STRIP, dtype=torch.bool, device=k.device).tril()
-    difference = (cumulative_L[..., :, None, :] - cumulative_L[..., None, :, :]).masked_fill(~lower[..., None], 0)
+    later, earlier = torch.tril_indices(STRIP, STRIP, device=k.device)
+
+    def of(tokens: Tensor, tensor: Tensor) -> Tensor:
+        return tensor.index_select(-2, tokens)
+
     # Which token between the two the decay is split at is the implementation's choice; half on each side stands for all of them.
-    half = _exp(difference / 2, rounder) * lower[..., None]
-    columns = rounder.round(k_L[..., None, :, :] * half, arithmetic.diagonal_operand)
+    half = _exp((of(later, cumulative_L) - of(earlier, cumulative_L)) / 2, rounder)
+    columns = rounder.round(of(earlier, k_L) * half, arithmetic.diagonal_operand)
     diagonal_qk, diagonal_kk = (
-        _pairwise(rounder.round(t[..., :, None, :] * half, arithmetic.diagonal_operand), columns, rounder)
+        _square(_pairwise(rounder.round(of(later, t) * half, arithmetic.diagonal_operand), columns, rounder))
         for t in (q_L, k_L)
     )
     rows_qk, rows_kk = [], []
@@ -199,8 +202,15 @@ def _scores(
     return torch.cat(rows_qk, -2), torch.cat(rows_kk, -2)
 
 
+def _square(pairs: Tensor) -> Tensor:
+    """Return the lower triangle that the pairs of a strip make, ``[..., L, L]``."""
+    later, earlier = torch.tril_indices(STRIP, STRIP, device=pairs.device)
+    flat = pairs.new_zeros(*pairs.shape[:-1], STRIP**2).index_copy(-1, later * STRIP + earlier, pairs)
+    return flat.unflatten(-1, (STRIP, STRIP))
+
+
 def _pairwise(a: Tensor, b: Tensor, rounder: Rounder) -> Tensor:
-    """Return ``sum_d a_ijd b_ijd`` with the noise of an fp32 accumulation."""
+    """Return ``sum_d a_pd b_pd`` with the noise of an fp32 accumulation."""
     terms = a * b
     product = terms.sum(-1)
     with torch.no_grad():
