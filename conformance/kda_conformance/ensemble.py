@@ -205,8 +205,8 @@ def _scores(
 def _square(pairs: Tensor) -> Tensor:
     """Return the lower triangle that the pairs of a strip make, ``[..., L, L]``."""
     later, earlier = torch.tril_indices(STRIP, STRIP, device=pairs.device)
-    flat = pairs.new_zeros(*pairs.shape[:-1], STRIP**2).index_copy(-1, later * STRIP + earlier, pairs)
-    return flat.unflatten(-1, (STRIP, STRIP))
+    empty = pairs.new_zeros(*pairs.shape[:-1], STRIP**2)
+    return empty.index_copy(-1, later * STRIP + earlier, pairs).reshape(*pairs.shape[:-1], STRIP, STRIP)
 
 
 def _pairwise(a: Tensor, b: Tensor, rounder: Rounder) -> Tensor:
