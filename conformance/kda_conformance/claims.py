@@ -39,8 +39,10 @@ class Claims:
         Support of the arguments of these names (``packed``: ``cu_seqlens``).
     l2norm_in_kernel, gate_in_kernel, bounded_gate, beta_sigmoid_in_kernel, allow_neg_eigval
         Support of the in-kernel activations, of the promise ``safe_gate``, and of doubled write strengths.
-    softplus_gate
-        Support of a gate in the kernel that has no lower bound; of it only where ``gate_in_kernel`` is claimed.
+    unbounded_decay
+        Support of decays without a lower bound: the softplus gate, and log decays without the promise ``safe_gate``.
+    wide_gate
+        Support of g and beta in float32 beside q, k and v of fewer bits; where it is not claimed, they have the dtype of q.
     only_in_kernel
         Activations that the kernel always applies, of ``gate``, ``l2norm`` and ``beta_sigmoid``: calls that bring them applied already
         are not claimed.
@@ -78,7 +80,8 @@ class Claims:
     bounded_gate: bool = True
     beta_sigmoid_in_kernel: bool = True
     allow_neg_eigval: bool = True
-    softplus_gate: bool = True
+    unbounded_decay: bool = True
+    wide_gate: bool = True
     only_in_kernel: frozenset[str] = frozenset()
     empty: bool = True
     deterministic: bool = True
@@ -88,14 +91,18 @@ class Claims:
     head_widths: frozenset[int] | None = None
     max_k_width: int | None = None
 
-    def applied_by_caller(self, *, gate: bool, l2norm: bool, beta_sigmoid: bool) -> str | None:
-        """Return the activation that a call leaves out of the kernel and the claims do not, or ``None``.
+    def unclaimed_activation(self, *, gate: bool, bounded: bool, l2norm: bool, beta_sigmoid: bool) -> str | None:
+        """Return what a call asks of the activations that is not claimed, or ``None``.
 
         Parameters
         ----------
         gate, l2norm, beta_sigmoid
             Whether the call leaves this activation to the kernel.
+        bounded
+            Whether its log decay has a lower bound, by the gate or by promise.
         """
+        if not bounded and not self.unbounded_decay:
+            return "unbounded_decay"
         in_kernel = {"gate": gate, "l2norm": l2norm, "beta_sigmoid": beta_sigmoid}
         left_out = sorted(name for name in self.only_in_kernel if not in_kernel[name])
         return f"{left_out[0]} applied by the caller" if left_out else None

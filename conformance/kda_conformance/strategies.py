@@ -35,7 +35,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
     k_width = draw(widths.filter(lambda k: FEWEST_CHANNELS <= k <= (claims.max_k_width or k)))
     forms = [] if "gate" in claims.only_in_kernel else ["log_decay"]
     if claims.gate_in_kernel:
-        forms += ["softplus"] * claims.softplus_gate + ["bounded"] * claims.bounded_gate
+        forms += ["softplus"] * claims.unbounded_decay + ["bounded"] * claims.bounded_gate
     form = draw(st.sampled_from(forms))
     keys = draw(st.sampled_from([name for name in regimes.KEYS if name != "small" or claims.l2norm_in_kernel]))
     sigmoid = claims.beta_sigmoid_in_kernel and ("beta_sigmoid" in claims.only_in_kernel or draw(st.booleans()))
@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
         V=draw(widths),
         gate=gate,
         gate_form=form,
-        gate_dtype=draw(st.sampled_from(("float32", "input", "g", "beta"))),
+        gate_dtype=draw(st.sampled_from(("float32", "input", "g", "beta"))) if claims.wide_gate else "input",
         keys=keys,
         values=draw(st.sampled_from(tuple(regimes.VALUES))),
         strengths=strengths,
@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
         slope=form == "log_decay" or draw(st.booleans()),
         bias=form == "log_decay" or draw(st.booleans()),
         shallow=form != "log_decay" and draw(st.booleans()),
-        safe=form == "log_decay" and claims.bounded_gate and draw(st.booleans()),
+        safe=form == "log_decay" and claims.bounded_gate and (not claims.unbounded_decay or draw(st.booleans())),
         bound=draw(st.sampled_from((regimes.LOWER_BOUND, -1.0))) if form == "bounded" else regimes.LOWER_BOUND,
         seed=draw(st.integers(0, 2**20)),
     )

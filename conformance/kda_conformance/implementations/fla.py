@@ -47,7 +47,7 @@ class FlaChunkBounded(FlaChunk):
     """``chunk_kda`` with the bounded gate in its kernels."""
 
     label = "fla-chunk-bounded"
-    further: ClassVar = {"chunk_size": True, "only_in_kernel": ["gate"], "softplus_gate": False}
+    further: ClassVar = {"chunk_size": True, "only_in_kernel": ["gate"], "unbounded_decay": False}
 
 
 class FlaRecurrent(FlaChunk):
