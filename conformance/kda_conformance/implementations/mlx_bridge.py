@@ -19,7 +19,7 @@ TORCH_DTYPES = {there: here for here, there in DTYPES.items()}
 
 def run(function: Callable[..., tuple[mx.array, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """Return what ``function`` makes of the tensors, exactly converted; gradients are MLX's own."""
-    found: tuple[Tensor, ...] = _Bridge.apply(function, *tensors)
+    found: tuple[Tensor, ...] = _Bridge.apply(function, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
