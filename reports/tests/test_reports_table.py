@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from kda_reports.results import Said, collect, read_results
+from kda_reports.results import Said, as_text, collect, differences, read_results
 from kda_reports.rows import read_rows
-from kda_reports.table import render_table
+from kda_reports.table import is_address, render_table
 from synthetic_rows import closed, lines, sample, verdict_row
 from test_reports_page import Outline
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kda_reports.results import Result
 
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "conformance" / "results"
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
 
 
@@ -87,3 +88,15 @@ def test_links_lead_to_cards_of_the_page(tmp_path: Path) -> None:
     said = Said(verdict="fail", of="fail", reason="why", finding="docs/one.md")
     outline = Outline(render_table([replace(found, laws=[replace(found.laws[0], human=said)])]))
     assert {address[1:] for address in outline.having("href")} <= set(outline.having("id"))
+
+
+def test_kept_results_are_as_they_were_written_and_every_failure_was_looked_at() -> None:
+    kept = read_results(KEPT)
+    for result in kept:
+        assert (KEPT / result.filename).read_text(encoding="utf-8") == as_text(result)
+    assert [each for each in differences(kept) if each.kind != "contradicts"] == []
+
+
+def test_findings_of_kept_results_are_there() -> None:
+    said = [one.human for result in read_results(KEPT) for one in (result, *result.laws) if one.human is not None]
+    assert all(not each.finding or is_address(each.finding) or (ROOT / each.finding).is_file() for each in said)
