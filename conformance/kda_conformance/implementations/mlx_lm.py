@@ -1,7 +1,4 @@
-"""The KDA of ``mlx-lm`` in its array form, which runs on a CPU; its Metal kernels need an Apple GPU.
-
-Composed of that package's functions as its ``models/kimi_linear.py`` does, which rounds normalised and scaled queries to the input dtype.
-"""
+"""The KDA of ``mlx-lm`` in its array form, which runs on a CPU, composed of its functions as its ``kimi_linear.py`` does."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ CLAIMS = UNCLAIMED | {"precision": {"float32": "fp32", "bfloat16": "bf16", "floa
 
 
 class MlxLm(FunctionImplementation):
-    """``gated_delta_ops`` behind the package's normalisation and gates."""
+    """``gated_delta_ops`` behind the package's gates and its normalisation, which rounds q and k to the input dtype."""
 
     def __init__(self) -> None:
         super().__init__(_kda, "mlx-lm", version("mlx-lm"))
