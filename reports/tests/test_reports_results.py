@@ -120,6 +120,7 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     found = result(tmp_path, verdict_row(HOSTILE, "one"), name=HOSTILE)
     assert found.implementation == HOSTILE
     assert [path.name for path in (tmp_path / "results").iterdir()] == [found.filename]
+    assert not found.filename.startswith(".")
     assert set(found.filename) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
