@@ -20,7 +20,7 @@ CLAIMS = UNCLAIMED | {"precision": {"float32": "fp32", "bfloat16": "bf16", "floa
 
 
 class MlxLm(FunctionImplementation):
-    """``gated_delta_ops`` behind the package's gates and its normalisation, which rounds q and k to the input dtype."""
+    """``gated_delta_ops`` behind the package's gates and its normalisation, which rounds q and k, and ``K ** -0.5``, to the input dtype."""
 
     def __init__(self) -> None:
         super().__init__(_kda, "mlx-lm", version("mlx-lm"))
@@ -40,7 +40,7 @@ def _arrays(given: dict[str, mx.array], options: dict[str, Any]) -> tuple[mx.arr
     if options.get("use_qk_l2norm_in_kernel"):
         q, k = gated_delta.normalize_qk(q, k, inv_scale=width**-0.5, eps=1e-6)
     else:
-        q = q * width**-0.5
+        q = q.astype(mx.float32) * width**-0.5
     slope = given.get("A_log", mx.zeros(heads)).reshape(heads, 1)
     bias = given.get("dt_bias", mx.zeros(heads * width)).reshape(heads, width)
     if not options.get("use_gate_in_kernel"):
@@ -54,4 +54,4 @@ def _arrays(given: dict[str, mx.array], options: dict[str, Any]) -> tuple[mx.arr
     if (state := given.get("initial_state")) is not None and not v_first:
         state = state.swapaxes(-1, -2)
     o, state = gated_delta.gated_delta_ops(q, k, given["v"], decay, beta, state)
-    return o, state if v_first else state.swapaxes(-1, -2)
+    return o.astype(given["v"].dtype), state if v_first else state.swapaxes(-1, -2)
