@@ -68,7 +68,7 @@ def headline(results: Sequence[Result]) -> str:
     numbers = {status: sum(result.computed == status for result in results) for status in ("pass", "fail")}
     rest = len(results) - sum(numbers.values())
     undecided = f"; {rest} undecided" if rest else ""
-    return f"{numbers['pass']} of {len(results)} implementations obey every law judged, {numbers['fail']} break one{undecided}"
+    return f"{numbers['pass']} of {len(results)} implementations obey every law judged, {numbers['fail']} break at least one{undecided}"
 
 
 def chapters(results: Sequence[Result]) -> Mapping[str, Sequence[Line]]:

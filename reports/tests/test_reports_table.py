@@ -45,7 +45,7 @@ def test_the_headline_counts_who_obeys_and_who_does_not(tmp_path: Path) -> None:
             closed("cut", [verdict_row("cut", "one")])[:-1],
         )
     )
-    assert "1 of 3 implementations obey every law judged, 1 break one; 1 undecided" in page
+    assert "1 of 3 implementations obey every law judged, 1 break at least one; 1 undecided" in page
     assert "1 open point" in page
     assert "nobody has looked at it" in page
 
