@@ -98,5 +98,6 @@ def test_kept_results_are_as_they_were_written_and_every_failure_was_looked_at()
 
 
 def test_findings_of_kept_results_are_there() -> None:
-    said = [one.human for result in read_results(KEPT) for one in (result, *result.laws) if one.human is not None]
-    assert all(not each.finding or is_address(each.finding) or (ROOT / each.finding).is_file() for each in said)
+    kept = read_results(KEPT)
+    said = [result.human for result in kept] + [law.human for result in kept for law in result.laws]
+    assert all(not each.finding or is_address(each.finding) or (ROOT / each.finding).is_file() for each in said if each)
