@@ -170,6 +170,7 @@ class Case:
             "l2norm_in_kernel": self.l2norm,
             "gate_in_kernel": self.gate_form != "log_decay",
             "bounded_gate": self.gate_form == "bounded" or self.safe,
+            "wide_gate": self.gate_dtype != "input",
             "beta_sigmoid_in_kernel": self.sigmoid,
             "allow_neg_eigval": self.sigmoid and self.beta_max > 1,
             "empty": 0 in self.T,
@@ -177,6 +178,14 @@ class Case:
         for name, needed in needs.items():
             if needed and not getattr(claims, name):
                 return name
+        activation = claims.unclaimed_activation(
+            gate=self.gate_form != "log_decay",
+            bounded=self.gate_form == "bounded" or self.safe,
+            l2norm=self.l2norm,
+            beta_sigmoid=self.sigmoid,
+        )
+        if activation is not None:
+            return activation
         if claims.head_widths is not None and not {self.K, self.V} <= claims.head_widths:
             return f"head_widths={sorted(claims.head_widths)}"
         if claims.max_k_width is not None and claims.max_k_width < self.K:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ACTIVATIONS = ("gate", "l2norm", "beta_sigmoid")
 
 
 class UsageError(Exception):
@@ -38,6 +39,13 @@ class Claims:
         Support of the arguments of these names (``packed``: ``cu_seqlens``).
     l2norm_in_kernel, gate_in_kernel, bounded_gate, beta_sigmoid_in_kernel, allow_neg_eigval
         Support of the in-kernel activations, of the promise ``safe_gate``, and of doubled write strengths.
+    unbounded_decay
+        Support of decays without a lower bound: the softplus gate, and log decays without the promise ``safe_gate``.
+    wide_gate
+        Support of g and beta in float32 beside q, k and v of fewer bits; where it is not claimed, they have the dtype of q.
+    only_in_kernel
+        Activations that the kernel always applies, of ``gate``, ``l2norm`` and ``beta_sigmoid``: calls that bring them applied already
+        are not claimed.
     empty
         Support of T = 0 and of empty packed sequences.
     deterministic
@@ -72,6 +80,9 @@ class Claims:
     bounded_gate: bool = True
     beta_sigmoid_in_kernel: bool = True
     allow_neg_eigval: bool = True
+    unbounded_decay: bool = True
+    wide_gate: bool = True
+    only_in_kernel: frozenset[str] = frozenset()
     empty: bool = True
     deterministic: bool = True
     prefix_causal: bool = True
@@ -79,6 +90,22 @@ class Claims:
     chunk_size: bool = False
     head_widths: frozenset[int] | None = None
     max_k_width: int | None = None
+
+    def unclaimed_activation(self, *, gate: bool, bounded: bool, l2norm: bool, beta_sigmoid: bool) -> str | None:
+        """Return what a call asks of the activations that is not claimed, or ``None``.
+
+        Parameters
+        ----------
+        gate, l2norm, beta_sigmoid
+            Whether the call leaves this activation to the kernel.
+        bounded
+            Whether its log decay has a lower bound, by the gate or by promise.
+        """
+        if not bounded and not self.unbounded_decay:
+            return "unbounded_decay"
+        in_kernel = {"gate": gate, "l2norm": l2norm, "beta_sigmoid": beta_sigmoid}
+        left_out = sorted(name for name in self.only_in_kernel if not in_kernel[name])
+        return f"{left_out[0]} applied by the caller" if left_out else None
 
     def describe(self) -> dict[str, Any]:
         """Return the claims as plain JSON values."""
@@ -121,9 +148,12 @@ def narrow(claims: Claims, changes: Mapping[str, Any], source: str) -> Claims:
         if name in FLAGS and not isinstance(value, bool):
             message = f"{source}: {name} must be true or false, got {value!r}; fix the claim"
             raise UsageError(message)
-    for name in ("devices", "head_widths"):
+    for name in ("devices", "head_widths", "only_in_kernel"):
         if plain.get(name) is not None:
             plain[name] = frozenset(plain[name])
+    if unknown := sorted(plain.get("only_in_kernel", frozenset()) - set(ACTIVATIONS)):
+        message = f"{source}: only_in_kernel must name activations {ACTIVATIONS}, got {unknown}; fix the claim"
+        raise UsageError(message)
     return replace(claims, **plain)
 
 

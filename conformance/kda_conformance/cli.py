@@ -234,6 +234,12 @@ def dashboard_command(context: typer.Context) -> None:
     raise typer.Exit(_reports("dashboard", *context.args))
 
 
+@app.command("table", context_settings=PASSED_ON)
+def table_command(context: typer.Context) -> None:
+    """Keep results as data and show them: collect, say, render."""
+    raise typer.Exit(_reports("table", *context.args))
+
+
 @vectors_app.command("build")
 def vectors_build(out: Annotated[Path, typer.Option(help="Folder for the set.")] = PUBLISHED) -> None:
     """Build the published vectors, the only way they are ever made."""

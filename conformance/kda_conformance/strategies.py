@@ -33,12 +33,12 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
     group = draw(st.sampled_from((1, 2))) if claims.grouped_values else 1
     widths = st.sampled_from(sorted(claims.head_widths)) if claims.head_widths else st.sampled_from(WIDTHS)
     k_width = draw(widths.filter(lambda k: FEWEST_CHANNELS <= k <= (claims.max_k_width or k)))
-    forms = ["log_decay"]
+    forms = [] if "gate" in claims.only_in_kernel else ["log_decay"]
     if claims.gate_in_kernel:
-        forms += ["softplus", "bounded"] if claims.bounded_gate else ["softplus"]
+        forms += ["softplus"] * claims.unbounded_decay + ["bounded"] * claims.bounded_gate
     form = draw(st.sampled_from(forms))
     keys = draw(st.sampled_from([name for name in regimes.KEYS if name != "small" or claims.l2norm_in_kernel]))
-    sigmoid = claims.beta_sigmoid_in_kernel and draw(st.booleans())
+    sigmoid = claims.beta_sigmoid_in_kernel and ("beta_sigmoid" in claims.only_in_kernel or draw(st.booleans()))
     gate = draw(st.sampled_from([name for name in regimes.GATES if name != "slow"]))
     # Unbounded growth is a property of the input, not of the kernel: keep reflections short of overflow in float16.
     strengths = draw(st.sampled_from(tuple(regimes.STRENGTHS)))
@@ -51,12 +51,13 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
         V=draw(widths),
         gate=gate,
         gate_form=form,
-        gate_dtype=draw(st.sampled_from(("float32", "input", "g", "beta"))),
+        gate_dtype=draw(st.sampled_from(("float32", "input", "g", "beta"))) if claims.wide_gate else "input",
         keys=keys,
         values=draw(st.sampled_from(tuple(regimes.VALUES))),
         strengths=strengths,
         beta_max=draw(st.sampled_from((1, 2))) if claims.allow_neg_eigval or not sigmoid else 1,
-        l2norm=claims.l2norm_in_kernel and (keys in ("small", "zero_rows") or draw(st.booleans())),
+        l2norm=claims.l2norm_in_kernel
+        and ("l2norm" in claims.only_in_kernel or keys in ("small", "zero_rows") or draw(st.booleans())),
         sigmoid=sigmoid,
         state=claims.initial_state and draw(st.booleans()),
         cotangent=draw(st.sampled_from(("both", "o", "state"))),
@@ -65,7 +66,7 @@ def cases(draw: st.DrawFn, claims: Claims, dtype: str) -> Case:
         slope=form == "log_decay" or draw(st.booleans()),
         bias=form == "log_decay" or draw(st.booleans()),
         shallow=form != "log_decay" and draw(st.booleans()),
-        safe=form == "log_decay" and claims.bounded_gate and draw(st.booleans()),
+        safe=form == "log_decay" and claims.bounded_gate and (not claims.unbounded_decay or draw(st.booleans())),
         bound=draw(st.sampled_from((regimes.LOWER_BOUND, -1.0))) if form == "bounded" else regimes.LOWER_BOUND,
         seed=draw(st.integers(0, 2**20)),
     )

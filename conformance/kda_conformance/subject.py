@@ -99,12 +99,24 @@ class Subject:
         if missing is not None:
             pytest.skip(f"unclaimed: {missing}")
 
+    def _require_activations(self, inputs: KdaInputs) -> None:
+        """Skip the running test when its law changed the call into one whose activations are not claimed."""
+        missing = self.claims.unclaimed_activation(
+            gate=inputs.use_gate_in_kernel,
+            bounded=inputs.lower_bound is not None,
+            l2norm=inputs.use_qk_l2norm_in_kernel,
+            beta_sigmoid=inputs.use_beta_sigmoid_in_kernel,
+        )
+        if missing is not None:
+            pytest.skip(f"unclaimed: {missing}")
+
     def inputs(self, call: Call) -> KdaInputs:
         """Return the call's arguments on the subject's device."""
         return call.case.inputs(DTYPES[call.dtype], self.device)
 
     def forward(self, call: Call, inputs: KdaInputs) -> KdaResult:
         """Run a forward call and check the form of what it returns."""
+        self._require_activations(inputs)
         result = self.implementation.forward(inputs)
         self.check_form(call, inputs, {"o": result.o, "final_state": result.final_state})
         return result
@@ -113,6 +125,7 @@ class Subject:
         self, call: Call, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None
     ) -> dict[str, Tensor]:
         """Run a call with gradients; return outputs and gradients by name."""
+        self._require_activations(inputs)
         result, gradients = self.implementation.vjp(inputs, do, dfinal_state)
         found = {"o": result.o, "final_state": result.final_state}
         found |= {GRADIENT_OF[name]: getattr(gradients, name) for name in inputs.tensors()}

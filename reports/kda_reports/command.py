@@ -13,6 +13,7 @@ from kda_reports.history_command import STORE, StoreOption, history, read_naming
 from kda_reports.page import render_errors, render_mutants
 from kda_reports.rows import read_rows
 from kda_reports.store import Store
+from kda_reports.table_command import table
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import read_timings
 from kda_reports.trends import trends
@@ -26,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 app.add_typer(history, name="history")
+app.add_typer(table, name="table")
 
 
 @app.callback()

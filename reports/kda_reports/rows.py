@@ -41,6 +41,8 @@ class Verdict:
         The command that runs it again; may be empty.
     reason
         Why a failure is declared, and its issue; empty otherwise.
+    seconds
+        What the test took; 0 where the rows do not say.
     """
 
     law: str
@@ -53,6 +55,7 @@ class Verdict:
     message: str
     reproduction: str
     reason: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +257,7 @@ def _verdict(row: Fields) -> Verdict:
         reproduction=row.get("reproduction", str),
         # Rows of before the reason was told have none.
         reason=row.get("reason", str) if "reason" in row.fields else "",
+        seconds=row.number("seconds") if "seconds" in row.fields else 0.0,
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import synthetic_timings
 from kda_reports.dashboard import render_dashboard
 from kda_reports.page import render_errors, render_mutants
+from kda_reports.results import Said, as_text, collect, read_results
 from kda_reports.rows import read_rows
+from kda_reports.table import render_table
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import read_timings
 from kda_reports.trends import trends
@@ -96,10 +99,23 @@ def write_pages(folder: Path, name: str | None = None) -> list[Path]:
     files["two.html"] = render_errors(read_rows([_written(folder, "two", two)]), ["two.jsonl"])
     files["mutants.html"] = render_mutants(read_rows([_written(folder, "mutants", planted)]), ["mutants.jsonl"])
     files["bench.html"] = render_bench(*read_timings([_written(folder, "bench", timings)]), ["bench.jsonl"])
+    files["table.html"] = _table(folder, rows, name)
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
     return [folder / path for path in files if path.endswith(".html")]
+
+
+def _table(folder: Path, rows: list[Row], name: str | None) -> str:
+    """Return the table of the sample, with something that a person says of each result and of its first law."""
+    collect(read_rows([_written(folder, "rows", rows)]), folder / "results")
+    for result in read_results(folder / "results"):
+        said = Said(verdict="pass", of=result.computed, reason=name or "read, and right", finding=name or "docs/one.md")
+        of_law = replace(said, verdict="fail", of="pass", finding="https://example.org/1")
+        laws = [replace(law, human=None if i else of_law) for i, law in enumerate(result.laws)]
+        told = replace(result, human=said, laws=laws)
+        (folder / "results" / result.filename).write_text(as_text(told), encoding="utf-8")
+    return render_table(read_results(folder / "results"))
 
 
 def _written(folder: Path, name: str, rows: list[Row]) -> Path:

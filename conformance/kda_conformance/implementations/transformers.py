@@ -1,5 +1,6 @@
 """The torch fallbacks of ``transformers`` (>= 5.23), implementations nobody here wrote.
 
+Where ``fla-core`` is installed, ``transformers`` calls its kernels under these names; what is judged here is the torch form behind them.
 They compute in float32 whatever the input dtype. They take neither packing, grouped values, a scale, nor the gate and beta activations;
 those are not claimed.
 """
@@ -7,6 +8,7 @@ those are not claimed.
 from __future__ import annotations
 
 from importlib.metadata import version
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
@@ -48,7 +50,7 @@ class TransformersRecurrent(FunctionImplementation):
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
-    return kimi_linear.chunk_kimi_delta_attention(q, k, v, g=g, beta=beta, **options)  # type: ignore[no-any-return]
+    return unwrap(kimi_linear.chunk_kimi_delta_attention)(q, k, v, g=g, beta=beta, **options)  # type: ignore[no-any-return]
 
 
 def _recurrent(
@@ -60,4 +62,4 @@ def _recurrent(
     **options: Any,  # noqa: ANN401 - the public keywords
 ) -> tuple[Tensor, Tensor | None]:
     options.setdefault("initial_state", None)
-    return kimi_linear.recurrent_kimi_delta_attention(q, k, v, g, beta, **options)  # type: ignore[no-any-return]
+    return unwrap(kimi_linear.recurrent_kimi_delta_attention)(q, k, v, g, beta, **options)  # type: ignore[no-any-return]

@@ -121,7 +121,10 @@ def test_zero_gate_is_the_delta_rule(subject: Subject, call: Call) -> None:
 @pytest.mark.law("exact-arithmetic-oracle")
 def test_integer_calls_are_exact(subject: Subject, dtype: str) -> None:
     """One-hot keys, zero decay, beta in {0, 1} and integers that the claimed operands hold leave nothing to round: results are exact."""
-    for problem in exact.problems(dtype, subject.device, subject.claims, subject.seed):
+    problems = list(exact.problems(dtype, subject.device, subject.claims, subject.seed))
+    if not problems:
+        pytest.skip("unclaimed: every call whose arithmetic is exact")
+    for problem in problems:
         found = subject.implementation.forward(problem.inputs)
         for name, got, expected in (("o", found.o, problem.o), ("final_state", found.final_state, problem.final_state)):
             assert got is not None
