@@ -129,6 +129,7 @@ def test_a_finding_leads_to_its_chart(chrome: Any, folder: Path) -> None:
     with opened(chrome, folder / "dashboard/index.html") as page:
         page.locator("#worse a").first.click()
         target = page.locator("article:target")
+        target.wait_for()  # the click leads to another page
         assert target.count() == 1
         assert target.get_attribute("data-word") == "worse"
         assert target.locator("svg").is_visible()
