@@ -21,12 +21,13 @@ from triton.compiler import ASTSource
 
 from kda_optimized.backward import chunk_backward
 from kda_optimized.chunkwise import chunk_forward, recurrent_forward
+from kda_optimized.convolution import convolution_backward, convolution_forward, short_convolution_step
 from kda_optimized.decoding import kda_decode_step
 from kda_optimized.gated_norm import norm_backward, norm_forward
+from kda_optimized.latent_attention import latent_decode
 from kda_optimized.launch import Launch, recorded, warp_products
 from kda_optimized.launch_config import table, using
 from kda_optimized.machine_code import resources
-from kda_optimized.short_convolution import convolution_backward, convolution_forward, short_convolution_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,14 @@ def layer(inputs: KdaInputs) -> None:
     norm_backward(inputs.v, inputs.v, channels, inputs.v, 1e-5, swish=False)
 
 
+def attend(inputs: KdaInputs) -> None:
+    """Attend to the paged latents of the released model with one token of each of 4 rows."""
+    width, rank, device = 576, 512, inputs.q.device
+    q, pages = inputs.q.new_empty(4, 32, width), inputs.q.new_empty(1024, 64, width)
+    table, lengths = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((4, 256), (4,)))
+    latent_decode(q, pages, table, lengths, latent_width=rank, scale=192**-0.5)
+
+
 def launches(inputs: KdaInputs, target: str) -> dict[str, list[Launch]]:
     """Return what each pass launches on a target such as ``sm_90``."""
     state = torch.empty(inputs.state_shape, device="meta")
@@ -94,6 +103,7 @@ def launches(inputs: KdaInputs, target: str) -> dict[str, list[Launch]]:
         "recurrence": lambda: recurrent_forward(inputs),
         "decode": lambda: decode(inputs),
         "layer": lambda: layer(inputs),
+        "latents": lambda: attend(inputs),
     }
     found = {}
     with using(table(target)):
