@@ -128,7 +128,10 @@ def _time(
     peaks: dict[str, int | None] = {}
     for side in sides:
         try:
-            prepared = [side.prepare(*pair) for pair in zip(inputs, cotangents, strict=True)]
+            if workload.step:
+                prepared = [side.prepare_step(each) for each in inputs]
+            else:
+                prepared = [side.prepare(*pair) for pair in zip(inputs, cotangents, strict=True)]
             result = prepared[0]()
             if side.operator == "KDA" and not _is_finite(result):
                 verdicts[side.name] = Judged(

@@ -57,6 +57,10 @@ class Claims:
         arithmetic does not stumble over must refuse them all, and of who refuses none it is recorded only.
     chunk_size
         ``chunk_size`` may be 32, and changes nothing beyond rounding; claimed for a function that names the argument.
+    decode
+        A step through a pool of states, for the laws on decoding; see ``kda_conformance.decoding``.
+    drafts, new_rows, snapshots
+        That a step takes ``num_accepted_tokens``; ``has_initial_state``; ``snapshot_indices`` and ``source_indices``.
     head_widths
         The K and V it accepts; ``None`` means any.
     max_k_width
@@ -88,6 +92,10 @@ class Claims:
     prefix_causal: bool = True
     checks_arguments: bool | None = None
     chunk_size: bool = False
+    decode: bool = False
+    drafts: bool = False
+    new_rows: bool = False
+    snapshots: bool = False
     head_widths: frozenset[int] | None = None
     max_k_width: int | None = None
 

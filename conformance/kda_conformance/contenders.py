@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kda_conformance.claims import UsageError
+from kda_conformance.decoding import Step, pool_with, scattered
 from kda_conformance.devices import choose_device
 from kda_conformance.discovery import find_implementation
 from kda_conformance.subject import Call, LawViolation, Subject
@@ -76,6 +77,10 @@ class Contender(Protocol):
         """Return the call that is timed."""
         ...
 
+    def prepare_step(self, inputs: KdaInputs) -> Callable[[], object]:
+        """Return the call that is timed where one token a row is decoded."""
+        ...
+
 
 class KdaContender:
     """An implementation of KDA.
@@ -114,7 +119,7 @@ class KdaContender:
         missing = self._unclaimed(workload)
         if missing is not None:
             return Judged(outcome="unclaimed", message=f"unclaimed: {missing}")
-        key = f"{workload.dtype} {workload.backward} {workload.chunk_size} {workload.gate_case}"
+        key = f"{workload.dtype} {workload.pass_name} {workload.chunk_size} {workload.gate_case}"
         if key not in self._verdicts:
             self._verdicts[key] = self._judge(workload)
         return self._verdicts[key]
@@ -128,6 +133,21 @@ class KdaContender:
         if cotangents is None:
             return lambda: implementation.forward(inputs)
         return lambda: implementation.vjp(inputs, *cotangents)
+
+    def prepare_step(self, inputs: KdaInputs) -> Callable[[], object]:
+        """Return a step whose rows have one slot each, in no order, or a forward call where there is no step."""
+        implementation = self._subject.implementation
+        if not self._subject.claims.decode:
+            return self.prepare(inputs, None)
+        assert inputs.initial_state is not None  # noqa: S101 - every workload has one
+        slots = scattered(inputs.num_sequences, self.device)
+        pool = inputs.initial_state.new_zeros(2 * len(slots), *inputs.state_shape[1:])
+        pool[slots] = inputs.initial_state
+        step = Step(inputs=inputs.replace(initial_state=None), slots=slots)
+        if bare := getattr(implementation, "prepare_step", None):
+            call: Callable[[], object] = bare(step, pool)
+            return call
+        return lambda: implementation.step(step, pool)  # type: ignore[attr-defined]
 
     def _unclaimed(self, workload: Workload) -> str | None:
         claims = self._subject.claims
@@ -148,7 +168,10 @@ class KdaContender:
         inputs = plain.replace(chunk_size=workload.chunk_size)
         budget = subject.budget(call, plain, backward=workload.backward)
         try:
-            if workload.backward:
+            if workload.step and subject.claims.decode:
+                subject.law = "step-is-the-recurrence"
+                found = self._step(call, inputs)
+            elif workload.backward:
                 found = subject.evaluate(call, inputs, *call.case.cotangents(inputs))
             else:
                 result = subject.forward(call, inputs)
@@ -162,6 +185,13 @@ class KdaContender:
         except Exception as error:  # noqa: BLE001 - whatever the implementation raises is its result
             return Judged(outcome="error", message=f"{type(error).__name__}: {error}\n  {subject.reproduction(call)}")
         return Judged(outcome="measured", score=self._score())
+
+    def _step(self, call: Call, inputs: KdaInputs) -> dict[str, Tensor]:
+        assert inputs.initial_state is not None  # noqa: S101 - every workload has one
+        slots = scattered(inputs.num_sequences, self.device)
+        pool = pool_with(inputs.initial_state, slots, 2 * len(slots))
+        o = self._subject.step(call, Step(inputs=inputs.replace(initial_state=None), slots=slots), pool)
+        return {"o": o, "final_state": pool[slots]}
 
     def _score(self) -> float | None:
         return max((row["score"] for row in self._subject.measures), default=None)
@@ -207,6 +237,10 @@ class OtherOperator:
         del cotangents
         call: Callable[[], object] = self._adapter.prepare(inputs)
         return call
+
+    def prepare_step(self, inputs: KdaInputs) -> Callable[[], object]:
+        """Return the forward call."""
+        return self.prepare(inputs, None)
 
 
 def installed_operators() -> list[str]:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from kda_reference import KdaGradients, KdaInputs, KdaResult
 
+from kda_conformance import decoding
 from kda_conformance.claims import Claims, narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from kda_conformance.decoding import Step
 
 # Without the argument, not the claim.
 CLAIM_OF_PARAMETER = {
@@ -64,7 +67,7 @@ class FunctionImplementation:
     """A function with the signature of ``fla.ops.kda.chunk_kda``, differentiated by autograd.
 
     Claims start at the whole contract, lose what the signature cannot receive, and are then narrowed by attributes of the function
-    named like claims (``function.precision = "bf16"``).
+    named like claims (``function.precision = "bf16"``). Laws on decoding call its attribute ``step``, if it has one.
 
     Parameters
     ----------
@@ -85,7 +88,8 @@ class FunctionImplementation:
         )
         # A function that takes anything may hand it to one that does not take this.
         lost["chunk_size"] = "chunk_size" in signature.parameters
-        claims = narrow(Claims(), lost, name)
+        self.step_function = getattr(function, "step", None)
+        claims = narrow(Claims(), lost | decoding.claims_of(self.step_function), name)
         attributes = {
             item.name: getattr(function, item.name) for item in fields(Claims) if hasattr(function, item.name)
         }
@@ -131,6 +135,11 @@ class FunctionImplementation:
         final = None if result.final_state is None else result.final_state.detach()
         return KdaResult(o=result.o.detach(), final_state=final), KdaGradients(**gradients)
 
+    def step(self, call: Step, pool: Tensor) -> Tensor:
+        """Advance the rows of a decoding call by the function's attribute ``step``."""
+        assert self.step_function is not None  # noqa: S101 - claimed only where it is there
+        return decoding.run(self.step_function, call, pool)
+
     def prepare(self, inputs: KdaInputs, cotangents: tuple[Tensor, Tensor] | None) -> Callable[[], object]:
         """Return the bare call of the function, and of its derivative when there are cotangents, with nothing around it: for timing."""
         if cotangents is None:
@@ -144,6 +153,11 @@ class FunctionImplementation:
             return torch.autograd.grad(outputs, list(leaves.values()), cotangents)
 
         return forward_backward
+
+    def prepare_step(self, call: Step, pool: Tensor) -> Callable[[], object]:
+        """Return the bare call of the step function, with nothing around it: for timing."""
+        assert self.step_function is not None  # noqa: S101 - asked for only where it is claimed
+        return partial(self.step_function, state=pool, **call.keywords())
 
     def _call(self, inputs: KdaInputs) -> KdaResult:
         positional, keywords = self._arguments(inputs)

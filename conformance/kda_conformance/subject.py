@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kda_conformance.arithmetic import Arithmetic
     from kda_conformance.budget import Budget
     from kda_conformance.cases import Case
+    from kda_conformance.decoding import Step
     from kda_conformance.implementation import Implementation
 
 BINS = 48
@@ -120,6 +121,12 @@ class Subject:
         result = self.implementation.forward(inputs)
         self.check_form(call, inputs, {"o": result.o, "final_state": result.final_state})
         return result
+
+    def step(self, call: Call, step: Step, pool: Tensor) -> Tensor:
+        """Run a decoding call and check the form of what it returns."""
+        o = self.implementation.step(step, pool)  # type: ignore[attr-defined]
+        self.check_form(call, step.inputs, {"o": o})
+        return o  # type: ignore[no-any-return]
 
     def evaluate(
         self, call: Call, inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | None

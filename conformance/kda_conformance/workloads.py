@@ -30,8 +30,10 @@ LONGEST_JUDGED = 2100
 LONGEST_JUDGED_PACKED = 130
 MOST_JUDGED_SEQUENCES = 6
 JUDGED_HEADS = 2
+# Rows of a step from which a launch takes the host less time than the device.
+FILLED = 64
 # The report counts the forward only. Every product has two of its size in its reverse.
-PASSES = {"forward": 1, "forward-backward": 3}
+PASSES = {"forward": 1, "forward-backward": 3, "step": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,9 @@ class Workload:
         ``softplus`` or ``bounded``.
     backward
         Whether the gradient of every input is computed as well, from cotangents of both outputs.
+    step
+        Whether one token of each batch row is decoded: by the step of an implementation that has one, its states in a pool that is
+        written in place, and by a forward call of any other. Either reads and writes every state once.
     graph
         Whether replays of a CUDA graph are timed instead of calls.
     labels
@@ -64,13 +69,14 @@ class Workload:
     dtype: str = USUAL_DTYPE
     gate: str = "softplus"
     backward: bool = False
+    step: bool = False
     graph: bool = False
     labels: frozenset[str] = frozenset()
 
     @property
     def pass_name(self) -> str:
         """What is computed: a key of ``PASSES``."""
-        return "forward-backward" if self.backward else "forward"
+        return "step" if self.step else "forward-backward" if self.backward else "forward"
 
     @property
     def name(self) -> str:
@@ -128,8 +134,8 @@ class Workload:
 
     @property
     def flop(self) -> int:
-        """Floating-point operations of the chunkwise form, ``6 T d^2 + 3 T C d + T C^2`` a head forward [KL eq. 13]."""
-        d, C = self.width, self.chunk_size
+        """Floating-point operations of the chunkwise form, ``6 T d^2 + 3 T C d + T C^2`` a head forward [KL eq. 13], C = 0 for a step."""
+        d, C = self.width, 0 if self.step else self.chunk_size
         return PASSES[self.pass_name] * self.H * self.tokens * (6 * d * d + 3 * C * d + C * C)
 
     @property
@@ -210,6 +216,7 @@ def _gpu() -> list[Workload]:
     by_tokens = [Workload(lengths=(2**i,), H=16) for i in range(6, 17)]
     long_enough = [replace(w, gate=gate) for gate in ("softplus", "bounded") for w in by_tokens if w.tokens >= 2048]  # noqa: PLR2004 - [KL fig. 2]
     small = [Workload(lengths=(2**i,), H=heads) for heads in (16, 32) for i in range(6, 11)]
+    steps = [Workload(lengths=(1,), H=32, B=rows, step=True, graph=rows < FILLED) for rows in (1, 8, 64, 256)]
     quick = [w for w in table if w.tokens > 8192 or w.H == 96] + [Workload(lengths=(1024,), H=16)]  # noqa: PLR2004
     return [
         *_set("table", *_both(*table)),
@@ -220,6 +227,7 @@ def _gpu() -> list[Workload]:
         *_set("batch", *_both(*(Workload(lengths=(2048,), H=16, B=rows) for rows in (1, 2, 4, 8, 16)))),
         *_set("chunk", *(Workload(lengths=(8192,), H=96, chunk_size=size) for size in (32, 64))),
         *_set("packed", *(Workload(lengths=mix, H=96) for mix in PACKED_MIXES)),
+        *_set("decode", *steps),
         *_set("small", *small, *(replace(workload, graph=True) for workload in small)),
     ]
 
@@ -227,8 +235,9 @@ def _gpu() -> list[Workload]:
 def _cpu() -> list[Workload]:
     exact = [Workload(lengths=(length,), H=2, width=16, dtype="float64") for length in (64, 256)]
     packed = Workload(lengths=(33, 64, 31), H=2, width=16, dtype="float64")
+    step = Workload(lengths=(1,), H=2, B=3, width=16, dtype="float64", step=True)
     single = [Workload(lengths=(length,), H=2, width=32, dtype="float32") for length in (128, 256, 512)]
-    return [*_set("quick", *_both(exact[0]), packed), *_set("tokens", *_both(*exact), *single)]
+    return [*_set("quick", *_both(exact[0]), packed, step), *_set("tokens", *_both(*exact), *single)]
 
 
 def catalogue(device: str) -> tuple[Workload, ...]:

@@ -25,6 +25,7 @@ WORKLOADS = [
     Workload(lengths=(70,), H=2, B=3, width=16),
     Workload(lengths=(33, 64, 31), H=2, width=16, gate="bounded"),
     Workload(lengths=(64,), H=1, width=8, dtype="float64", backward=True),
+    Workload(lengths=(1,), H=2, B=4, width=16, step=True),
 ]
 SIDES = """
 import torch

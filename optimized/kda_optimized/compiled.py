@@ -21,6 +21,10 @@ from triton.compiler import ASTSource
 
 from kda_optimized.backward import chunk_backward
 from kda_optimized.chunkwise import chunk_forward, recurrent_forward
+from kda_optimized.convolution import convolution_backward, convolution_forward, short_convolution_step
+from kda_optimized.decoding import kda_decode_step
+from kda_optimized.gated_norm import norm_backward, norm_forward
+from kda_optimized.latent_attention import latent_decode
 from kda_optimized.launch import Launch, recorded, warp_products
 from kda_optimized.launch_config import table, using
 from kda_optimized.machine_code import resources
@@ -38,6 +42,7 @@ SAMPLES = (
     (torch.float32, 32), (torch.float32, 64), (torch.float32, 128), (torch.float32, 256),
 )  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
+TAPS = 4
 
 
 def sample(dtype: torch.dtype, width: int) -> KdaInputs:
@@ -54,8 +59,41 @@ def sample(dtype: torch.dtype, width: int) -> KdaInputs:
     )  # fmt: skip
 
 
+def decode(inputs: KdaInputs) -> None:
+    """Advance 64 rows by one token each: convolution and operator, through a table of slots."""
+    rows, device = 64, inputs.q.device
+    tokens: dict[str, Any] = {name: getattr(inputs, name)[0, :rows, None] for name in ("q", "k", "v", "g", "beta")}
+    slots = torch.empty(rows, dtype=torch.int32, device=device)
+    pool = torch.empty(rows, *inputs.state_shape[1:], device=device)
+    flags = ("use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel", "A_log", "dt_bias")
+    options: dict[str, Any] = {name: getattr(inputs, name) for name in flags}
+    kda_decode_step(**tokens, state=pool, state_indices=slots, **options)
+    x = tokens["q"].flatten(2)
+    tails = torch.empty(rows, TAPS - 1, x.shape[-1], dtype=x.dtype, device=device)
+    short_convolution_step(x, x.new_empty(x.shape[-1], TAPS), tails, tail_indices=slots)
+
+
+def layer(inputs: KdaInputs) -> None:
+    """Run the convolution and the norm of a layer, forward and backward, with everything that they take."""
+    x, offsets = inputs.q.flatten(2), (0, inputs.q.shape[1])
+    weight, tail = x.new_empty(x.shape[-1], TAPS), x.new_empty(1, TAPS - 1, x.shape[-1])
+    convolution_forward(x, weight, tail, offsets, silu=True, output_final_tail=True)
+    convolution_backward(x, weight, tail, x, tail, offsets, silu=True)
+    channels = inputs.v.new_empty(inputs.v.shape[-1], dtype=torch.float32)
+    norm_forward(inputs.v, inputs.v, channels, 1e-5, swish=False)
+    norm_backward(inputs.v, inputs.v, channels, inputs.v, 1e-5, swish=False)
+
+
+def attend(inputs: KdaInputs) -> None:
+    """Attend to the paged latents of the released model with one token of each of 4 rows."""
+    width, rank, device = 576, 512, inputs.q.device
+    q, pages = inputs.q.new_empty(4, 32, width), inputs.q.new_empty(1024, 64, width)
+    table, lengths = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((4, 256), (4,)))
+    latent_decode(q, pages, table, lengths, latent_width=rank, scale=192**-0.5)
+
+
 def launches(inputs: KdaInputs, target: str) -> dict[str, list[Launch]]:
-    """Return what one forward, one backward and one recurrence launch, by pass, on a target such as ``sm_90``."""
+    """Return what each pass launches on a target such as ``sm_90``."""
     state = torch.empty(inputs.state_shape, device="meta")
     do, half = torch.empty_like(inputs.v), inputs.replace(q=inputs.q[:, :, ::2], k=inputs.k[:, :, ::2])
     passes: dict[str, Callable[[], object]] = {
@@ -63,6 +101,9 @@ def launches(inputs: KdaInputs, target: str) -> dict[str, list[Launch]]:
         "backward": lambda: chunk_backward(inputs, do, state),
         "shared heads": lambda: chunk_backward(half, do, state),
         "recurrence": lambda: recurrent_forward(inputs),
+        "decode": lambda: decode(inputs),
+        "layer": lambda: layer(inputs),
+        "latents": lambda: attend(inputs),
     }
     found = {}
     with using(table(target)):

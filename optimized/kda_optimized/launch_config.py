@@ -34,12 +34,12 @@ class LaunchConfig:
     ----------
     num_warps, num_stages
         As Triton takes them.
-    block_k, block_v
-        Key and value channels per tile; ``None`` where the kernel does not split that axis.
+    block_k, block_v, block_t
+        Key and value channels and tokens per tile; ``None`` where the kernel does not split that axis.
     max_registers
         Registers a thread may have, so that more programs share a multiprocessor; ``None`` leaves it to the compiler.
     programs
-        Programs below which sequences are cut into segments, so that the device is not left idle; 0 never cuts.
+        Programs below which sequences are cut into segments, or tiles made narrower, so that the device is not left idle; 0 never does.
     least_chunks
         Chunks of the shortest segment worth a walk of its own.
     """
@@ -48,6 +48,7 @@ class LaunchConfig:
     num_stages: int
     block_k: int | None = None
     block_v: int | None = None
+    block_t: int | None = None
     max_registers: int | None = None
     programs: int = 0
     least_chunks: int = 1
@@ -120,7 +121,7 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> Launc
         if fits(rule, operand_bytes, width):
             others = {
                 name: rule[name]
-                for name in ("block_k", "block_v", "max_registers", "programs", "least_chunks")
+                for name in ("block_k", "block_v", "block_t", "max_registers", "programs", "least_chunks")
                 if name in rule
             }
             return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **others)

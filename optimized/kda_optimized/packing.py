@@ -70,15 +70,23 @@ class Segments:
 
 def schedule(inputs: KdaInputs, chunk_len: int) -> Schedule:
     """Cut every sequence of a call into chunks; ``cu_seqlens`` is read on the host."""
-    device = inputs.q.device
-    return hold(_schedule(offsets_of(inputs), chunk_len, inputs.q.shape[1], device), device)
+    return schedule_of(offsets_of(inputs), chunk_len, inputs.q.shape[1], inputs.q.device)
+
+
+def schedule_of(offsets: tuple[int, ...], chunk_len: int, row_len: int, device: torch.device) -> Schedule:
+    """Cut sequences into chunks, given their offsets and the tokens of a batch row."""
+    return hold(_schedule(offsets, chunk_len, row_len, device), device)
 
 
 def offsets_of(inputs: KdaInputs) -> tuple[int, ...]:
     """Return the token offsets of the sequences; rows of a batch are sequences of one length."""
-    if inputs.cu_seqlens is not None:
-        return tuple(inputs.cu_seqlens.tolist())
-    batch, num_tokens = inputs.q.shape[:2]
+    return offsets_between(inputs.cu_seqlens, *inputs.q.shape[:2])
+
+
+def offsets_between(cu_seqlens: Tensor | None, batch: int, num_tokens: int) -> tuple[int, ...]:
+    """Return the token offsets of packed sequences, or of the rows of a batch."""
+    if cu_seqlens is not None:
+        return tuple(cu_seqlens.tolist())
     return tuple(row * num_tokens for row in range(batch + 1))
 
 

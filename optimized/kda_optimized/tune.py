@@ -21,6 +21,7 @@ from triton.testing import do_bench
 
 from kda_optimized.backward import chunk_backward
 from kda_optimized.chunkwise import chunk_forward, recurrent_forward
+from kda_optimized.compiled import attend, decode, layer
 from kda_optimized.launch import recorded
 from kda_optimized.launch_config import DEFAULT, Table, architecture, fits, table, using
 
@@ -72,6 +73,12 @@ def milliseconds(kernel: str, inputs: KdaInputs, rules: Table) -> float:
     with using(rules), recorded() as launches:
         if kernel.startswith("kda_recurrent"):
             recurrent_forward(decoding_call(inputs))
+        elif kernel in ("kda_decode_step_kernel", "kda_convolution_step_kernel"):
+            decode(inputs)
+        elif kernel.startswith("kda_latent"):
+            attend(inputs)
+        elif kernel.startswith(("kda_convolution", "kda_norm")):
+            layer(inputs)
         elif "_fwd_" in kernel:
             chunk_forward(inputs)
         else:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import kda_optimized
 import kda_reference
 import pytest
-from kda_optimized import chunkwise
 from kda_optimized.compiled import SAMPLES, gpu_target, launches, sample
 from kda_optimized.launch_config import LaunchConfig, choose, config_of, fits, table
 from kda_optimized.tune import applicable, candidates, written
@@ -75,7 +74,8 @@ def test_the_samples_meet_every_rule_of_the_launch_table(monkeypatch: pytest.Mon
         met.add((kernel, next(i for i, rule in enumerate(rules[kernel]) if fits(rule, *sizes))))
         return config_of(kernel, device, *sizes)
 
-    monkeypatch.setattr(chunkwise, "config_of", spied)
+    for module in ("chunkwise", "gated_norm", "latent_attention", "convolution"):
+        monkeypatch.setattr(f"kda_optimized.{module}.config_of", spied)
     for dtype, width in SAMPLES:
         launches(sample(dtype, width), "sm_90")
     assert met == {(kernel, i) for kernel in rules for i in range(len(rules[kernel]))}

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PACKAGE = "kda_conformance.planted"
+SPECIMEN = "specimen.py"
+# Files of the catalogue and of the variants whose entries edit another text.
+SPECIMENS = {"decode": "decode_specimen.py"}
 PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -70,7 +73,7 @@ class Entry:
 
     def function(self) -> Callable[..., Any]:
         """Return the edited specimen's ``chunk_kda``."""
-        text = (files(PACKAGE) / "specimen.py").read_text(encoding="utf-8")
+        text = (files(PACKAGE) / SPECIMENS.get(self.part, SPECIMEN)).read_text(encoding="utf-8")
         for edit in self.edits:
             text = apply(edit, text, self.id)
         name = f"<specimen with {self.id}>"

@@ -1,0 +1,251 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""The short convolution in front of the operator, forward, backward and by steps [KL fig. 3].
+
+    a_p = sum_{j < W} w_j x_{p - W + 1 + j}        y = silu(a), or a        x at positions -(W - 1)..-1 is the tail
+
+Backward, with ``da = dy act'(a)``, which is made again from the inputs wherever it is read:
+
+    dx_p = sum_j w_j da_{p + W - 1 - j}            dw_j = sum_p da_p x_{p - W + 1 + j}
+
+The last W - 1 inputs are the final tail, whose cotangent is added to those of the inputs it holds. Positions below zero are inputs of
+the tail, so its gradient is the same formula. Tiles are tokens by channels, and channels lie side by side in memory.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_optimized.activations import sigmoid
+from kda_optimized.chunks import locate_chunk
+
+
+@triton.jit
+def known(p_x, p_tail, o_p, n_t, m_d, stride_xt, stride_us, S: tl.constexpr, HAS_TAIL: tl.constexpr):
+    """Return ``[BP, BD]``: inputs at positions of one sequence, those before its beginning from the tail, zero where there are none."""
+    m_p = (o_p >= 0) & (o_p < n_t)
+    b_x = tl.load(p_x + o_p[:, None] * stride_xt, mask=m_p[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    if HAS_TAIL:
+        m_u = (o_p < 0) & (o_p >= -S)
+        b_x += tl.load(p_tail + (o_p[:, None] + S) * stride_us, mask=m_u[:, None] & m_d[None, :], other=0.0).to(
+            tl.float32
+        )
+    return b_x
+
+
+@triton.jit
+def pulled(p_x, p_tail, p_dy, p_w, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww,
+           W: tl.constexpr, HAS_TAIL: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    """Return ``da`` ``[BP, BD]`` at positions of one sequence, zero where there is no output."""
+    m_p = (o_p >= 0) & (o_p < n_t)
+    b_da = tl.load(p_dy + o_p[:, None] * stride_yt, mask=m_p[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    if SILU:
+        b_a = tl.zeros_like(b_da)
+        for j in tl.static_range(W):
+            b_w = tl.load(p_w + j * stride_ww, mask=m_d, other=0.0).to(tl.float32)
+            b_a += b_w[None, :] * known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+        b_s = sigmoid(b_a)
+        b_da = b_da * b_s * (1.0 + b_a * (1.0 - b_s))
+    return b_da
+
+
+@triton.jit
+def input_gradient(p_x, p_tail, p_dy, p_w, p_final, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, stride_fs,
+                   W: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_FINAL: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+    """Return the gradient ``[BP, BD]`` of the inputs at positions of one sequence, those of the tail included."""
+    b_dx = tl.zeros_like(o_p).to(tl.float32)[:, None] + tl.zeros_like(m_d).to(tl.float32)[None, :]
+    for u in tl.static_range(W):
+        b_w = tl.load(p_w + (W - 1 - u) * stride_ww, mask=m_d, other=0.0).to(tl.float32)
+        b_dx += b_w[None, :] * pulled(
+            p_x, p_tail, p_dy, p_w, o_p + u, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, W, HAS_TAIL, SILU
+        )
+    if HAS_FINAL:
+        o_s = o_p - n_t + (W - 1)
+        m_s = (o_s >= 0) & (o_s < W - 1)
+        b_dx += tl.load(p_final + o_s[:, None] * stride_fs, mask=m_s[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    return b_dx
+
+
+@triton.jit(do_not_specialize=["T"])
+def kda_convolution_fwd_kernel(
+    x, weight, tail, y, chunk_table, stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_un, stride_us, stride_ud, T,
+    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Convolve one chunk of tokens of BD channels."""
+    ND: tl.constexpr = (D + BD - 1) // BD
+    i_c = (tl.program_id(0) // ND).to(tl.int64)
+    o_d = (tl.program_id(0) % ND * BD + tl.arange(0, BD)).to(tl.int64)
+    m_d = o_d < D
+    i_b, t_0, t_g, n_rest = locate_chunk(i_c, chunk_table, T)
+    i_n = tl.load(chunk_table + 5 * i_c + 3)
+    t_s = tl.load(chunk_table + 5 * i_c + 4) * BT
+    o_p = t_s + tl.arange(0, BT)
+    n_t = t_s + n_rest
+    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d[None, :] * stride_xd
+    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
+    b_y = tl.zeros((BT, BD), dtype=tl.float32)
+    for j in tl.static_range(W):
+        b_w = tl.load(weight + o_d * stride_wd + j * stride_ww, mask=m_d, other=0.0).to(tl.float32)
+        b_y += b_w[None, :] * known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+    if SILU:
+        b_y = b_y * sigmoid(b_y)
+    p_y = y + (t_g + tl.arange(0, BT))[:, None] * D + o_d[None, :]
+    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_p < n_t)[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def kda_convolution_tail_kernel(
+    x, tail, final_tail, cu_seqlens, stride_xb, stride_xt, stride_xd, stride_un, stride_us, stride_ud, T,
+    D: tl.constexpr, W: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Copy the last W - 1 inputs of one sequence, the tail's included, for BD channels."""
+    ND: tl.constexpr = (D + BD - 1) // BD
+    i_n = (tl.program_id(0) // ND).to(tl.int64)
+    o_d = (tl.program_id(0) % ND * BD + tl.arange(0, BD)).to(tl.int64)
+    m_d = o_d < D
+    t_g = tl.load(cu_seqlens + i_n)
+    n_t = tl.load(cu_seqlens + i_n + 1) - t_g
+    i_b = t_g // tl.maximum(T, 1)
+    o_s = tl.arange(0, BS)
+    p_x = x + i_b * stride_xb + (t_g - i_b * T) * stride_xt + o_d[None, :] * stride_xd
+    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
+    b_x = known(p_x, p_tail, n_t - (W - 1) + o_s, n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+    p_f = final_tail + (i_n * (W - 1) + o_s)[:, None] * D + o_d[None, :]
+    tl.store(p_f, b_x.to(final_tail.dtype.element_ty), mask=(o_s < W - 1)[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def kda_convolution_bwd_kernel(
+    x, weight, tail, dy, dfinal, dx, dweight, chunk_table,
+    stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_un, stride_us, stride_ud,
+    stride_yb, stride_yt, stride_yd, stride_fn, stride_fs, stride_fd, T,
+    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """Pull one chunk of tokens of BD channels back; what the chunk adds to the weight's gradient has a row of its own."""
+    ND: tl.constexpr = (D + BD - 1) // BD
+    i_c = (tl.program_id(0) // ND).to(tl.int64)
+    o_d = (tl.program_id(0) % ND * BD + tl.arange(0, BD)).to(tl.int64)
+    m_d = o_d < D
+    i_b, t_0, t_g, n_rest = locate_chunk(i_c, chunk_table, T)
+    i_n = tl.load(chunk_table + 5 * i_c + 3)
+    t_s = tl.load(chunk_table + 5 * i_c + 4) * BT
+    o_p = t_s + tl.arange(0, BT)
+    n_t = t_s + n_rest
+    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d[None, :] * stride_xd
+    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
+    p_dy = dy + i_b * stride_yb + (t_0 - t_s) * stride_yt + o_d[None, :] * stride_yd
+    p_w = weight + o_d * stride_wd
+    p_final = dfinal + i_n * stride_fn + o_d[None, :] * stride_fd
+    b_dx = input_gradient(
+        p_x, p_tail, p_dy, p_w, p_final, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, stride_fs,
+        W, HAS_TAIL, HAS_FINAL, SILU,
+    )  # fmt: skip
+    p_dx = dx + (t_g + tl.arange(0, BT))[:, None] * D + o_d[None, :]
+    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_p < n_t)[:, None] & m_d[None, :])
+    b_da = pulled(p_x, p_tail, p_dy, p_w, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, W, HAS_TAIL, SILU)
+    for j in tl.static_range(W):
+        b_x = known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+        tl.store(dweight + (i_c * W + j) * D + o_d, tl.sum(b_da * b_x, axis=0), mask=m_d)
+
+
+@triton.jit(do_not_specialize=["T"])
+def kda_convolution_bwd_tail_kernel(
+    x, weight, tail, dy, dfinal, dtail, cu_seqlens,
+    stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_un, stride_us, stride_ud,
+    stride_yb, stride_yt, stride_yd, stride_fn, stride_fs, stride_fd, T,
+    D: tl.constexpr, W: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of one sequence's tail for BD channels."""
+    ND: tl.constexpr = (D + BD - 1) // BD
+    i_n = (tl.program_id(0) // ND).to(tl.int64)
+    o_d = (tl.program_id(0) % ND * BD + tl.arange(0, BD)).to(tl.int64)
+    m_d = o_d < D
+    t_g = tl.load(cu_seqlens + i_n)
+    n_t = tl.load(cu_seqlens + i_n + 1) - t_g
+    i_b = t_g // tl.maximum(T, 1)
+    t_0 = t_g - i_b * T
+    o_s = tl.arange(0, BS)
+    b_du = input_gradient(
+        x + i_b * stride_xb + t_0 * stride_xt + o_d[None, :] * stride_xd,
+        tail + i_n * stride_un + o_d[None, :] * stride_ud,
+        dy + i_b * stride_yb + t_0 * stride_yt + o_d[None, :] * stride_yd,
+        weight + o_d * stride_wd,
+        dfinal + i_n * stride_fn + o_d[None, :] * stride_fd,
+        o_s - (W - 1), n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, stride_fs, W, HAS_TAIL, HAS_FINAL, SILU,
+    )  # fmt: skip
+    p_du = dtail + (i_n * (W - 1) + o_s)[:, None] * D + o_d[None, :]
+    tl.store(p_du, b_du.to(dtail.dtype.element_ty), mask=(o_s < W - 1)[:, None] & m_d[None, :])
+
+
+@triton.jit
+def store_tail(tails, i_u, num_slots, b_u, o_sd, m_sd, stride_us):
+    """Write a tail to its slot, if there is such a slot."""
+    if (i_u >= 0) & (i_u < num_slots):
+        tl.store(tails + i_u * stride_us + o_sd, b_u.to(tails.dtype.element_ty), mask=m_sd)
+
+
+@triton.jit
+def kda_convolution_step_kernel(
+    x, weight, tails, y, cu_seqlens, tail_indices, source_indices, num_accepted_tokens, has_initial,
+    stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_us, stride_ut, stride_ud,
+    stride_in, stride_iw, stride_on, stride_an, stride_hn, T, N, num_slots,
+    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
+    HAS_SOURCE: tl.constexpr, HAS_ACCEPTED: tl.constexpr, HAS_FLAG: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Convolve the tokens of one row for BD channels, its tail in registers, and leave tails in slots as the operator leaves states."""
+    ND: tl.constexpr = (D + BD - 1) // BD
+    i_n = (tl.program_id(0) // ND).to(tl.int64)
+    o_d = (tl.program_id(0) % ND * BD + tl.arange(0, BD)).to(tl.int64)
+    m_d = o_d < D
+    o_s = tl.arange(0, BS)
+    m_sd = (o_s < W - 1)[:, None] & m_d[None, :]
+    b_none = tl.zeros((BD,), dtype=tl.float32).to(y.dtype.element_ty)
+    if PACKED:
+        i_b = tl.zeros((), dtype=tl.int64)
+        t_0 = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n).to(tl.int64), 0), T)
+        n_t = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n + 1).to(tl.int64), t_0), T) - t_0
+        if i_n == N - 1:
+            for t in range(t_0 + n_t, T):
+                tl.store(y + t * D + o_d, b_none, mask=m_d)
+    else:
+        i_b, t_0, n_t = i_n, tl.zeros((), dtype=tl.int64), T
+    p_y = y + (i_b * T + t_0) * D + o_d
+    i_a = tl.zeros((), dtype=tl.int64)
+    if HAS_ACCEPTED:
+        i_a = tl.load(num_accepted_tokens + i_n * stride_an).to(tl.int64) - 1
+    m_a = (i_a >= 0) & (i_a < M)
+    if HAS_SOURCE:
+        i_u = tl.load(source_indices + i_n * stride_on).to(tl.int64)
+    else:
+        i_u = tl.load(tail_indices + i_n * stride_in + i_a * stride_iw, mask=m_a, other=-1).to(tl.int64)
+    if (i_u < 0) | (i_u >= num_slots):
+        for _ in range(n_t):
+            tl.store(p_y, b_none, mask=m_d)
+            p_y += D
+        return
+
+    o_sd = o_s[:, None] * stride_ut + o_d[None, :] * stride_ud
+    m_u = m_sd
+    if HAS_FLAG:
+        m_u = m_u & (tl.load(has_initial + i_n * stride_hn) != 0)
+    b_u = tl.load(tails + i_u * stride_us + o_sd, mask=m_u, other=0.0).to(tl.float32)
+    b_w = tl.load(weight + o_d[None, :] * stride_wd + o_s[:, None] * stride_ww, mask=m_sd, other=0.0).to(tl.float32)
+    b_now = tl.load(weight + o_d * stride_wd + (W - 1) * stride_ww, mask=m_d, other=0.0).to(tl.float32)
+    m_next = (o_s[:, None] + 1 == o_s[None, :])[:, :, None]
+    p_x = x + i_b * stride_xb + t_0 * stride_xt + o_d * stride_xd
+    p_i = tail_indices + i_n * stride_in
+    for t in range(n_t):
+        b_x = tl.load(p_x, mask=m_d, other=0.0).to(tl.float32)
+        b_y = tl.sum(b_w * b_u, axis=0) + b_now * b_x
+        if SILU:
+            b_y = b_y * sigmoid(b_y)
+        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_d)
+        b_moved = tl.sum(tl.where(m_next, b_u[None, :, :], 0.0), axis=1)
+        b_u = tl.where((o_s == W - 2)[:, None], b_x[None, :], b_moved)
+        if M > 1:  # noqa: SIM102 - decided when the kernel is compiled
+            if n_t <= M:
+                store_tail(tails, tl.load(p_i + t * stride_iw).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
+        p_x += stride_xt
+        p_y += D
+    if (M == 1) | (n_t == 0) | (n_t > M):
+        store_tail(tails, tl.load(p_i).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)

@@ -1,0 +1,70 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+"""The gated norm behind the operator, forward and backward [KL eq. 10].
+
+    r = 1 / sqrt(mean(x^2) + eps)        u = r x        y = act(g) w u        act(g) = sigmoid(g), or g sigmoid(g)
+
+    h = act(g) w dy        dx = r (h - u mean(h u))        dg = act'(g) w u dy        dw = sum over rows of act(g) u dy
+
+A tile is a few whole rows.
+"""
+
+import triton
+import triton.language as tl
+
+from kda_optimized.activations import sigmoid
+
+
+@triton.jit
+def load_rows(p_x, o_r, o_d, m_rd, stride_r, stride_d):
+    """Load ``[BR, BD]`` in float32, zero off the mask."""
+    return tl.load(p_x + o_r[:, None] * stride_r + o_d[None, :] * stride_d, mask=m_rd, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def kda_norm_fwd_kernel(
+    x, gate, weight, y, stride_xr, stride_xd, stride_gr, stride_gd, stride_wd, eps, num_rows,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, SWISH: tl.constexpr,
+):  # fmt: skip
+    """Normalise BR rows and multiply with their gates."""
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_d = tl.arange(0, BD).to(tl.int64)
+    m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+    b_x = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd)
+    b_g = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd)
+    b_w = tl.load(weight + o_d * stride_wd, mask=o_d < D, other=0.0).to(tl.float32)
+    b_r = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / D + eps)
+    b_act = sigmoid(b_g)
+    if SWISH:
+        b_act = b_act * b_g
+    b_y = b_act * b_w[None, :] * (b_x * b_r[:, None])
+    tl.store(y + o_r[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m_rd)
+
+
+@triton.jit
+def kda_norm_bwd_kernel(
+    x, gate, weight, dy, dx, dgate, dweight, stride_xr, stride_xd, stride_gr, stride_gd, stride_wd, stride_yr, stride_yd, eps, num_rows,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, SWISH: tl.constexpr,
+):  # fmt: skip
+    """Pull BR rows back; what they add to the weight's gradient has a row of its own."""
+    i_p = tl.program_id(0).to(tl.int64)
+    o_r = i_p * BR + tl.arange(0, BR)
+    o_d = tl.arange(0, BD).to(tl.int64)
+    m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+    b_x = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd)
+    b_g = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd)
+    b_dy = load_rows(dy, o_r, o_d, m_rd, stride_yr, stride_yd)
+    b_w = tl.load(weight + o_d * stride_wd, mask=o_d < D, other=0.0).to(tl.float32)
+    b_r = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / D + eps)
+    b_u = b_x * b_r[:, None]
+    b_s = sigmoid(b_g)
+    b_slope = b_s * sigmoid(-b_g)
+    if SWISH:
+        b_slope = b_s + b_g * b_slope
+        b_s = b_s * b_g
+    b_h = b_s * b_w[None, :] * b_dy
+    b_dx = b_r[:, None] * (b_h - b_u * (tl.sum(b_h * b_u, axis=1) / D)[:, None])
+    b_dg = b_slope * b_w[None, :] * b_u * b_dy
+    p_rd = o_r[:, None] * D + o_d[None, :]
+    tl.store(dx + p_rd, b_dx.to(dx.dtype.element_ty), mask=m_rd)
+    tl.store(dgate + p_rd, b_dg.to(dgate.dtype.element_ty), mask=m_rd)
+    tl.store(dweight + i_p * D + o_d, tl.sum(b_s * b_u * b_dy, axis=0), mask=o_d < D)
