@@ -148,7 +148,7 @@ def short_convolution_step(
     start = starts(num_rows, x.device, source_indices, num_accepted_tokens, "has_initial_tail", has_initial_tail)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     arguments = {
-        **_inputs(x, weight), "tails": tails, **strides("u", "std", tails), "y": y,
+        **_inputs(x), **_filter(weight), "tails": tails, **strides("u", "std", tails), "y": y,
         "tail_indices": slots, **strides("i", "nw", slots), "M": slots.shape[1],
         **start, "cu_seqlens": cu_seqlens,
         "N": num_rows, "num_slots": tails.shape[0], "BS": _rows_of_tail(taps), "PACKED": cu_seqlens is not None,
@@ -189,14 +189,21 @@ def convolution_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return outputs and the final tail of a checked call."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tables, shared = _schedule(kda_convolution_fwd_kernel, x, offsets), _inputs(x, weight) | _past(tail, x)
-    arguments = {**shared, "y": y, "chunk_table": tables.chunk_table, "BT": tables.chunk_len, "SILU": silu}
+    tables, shared = _schedule(kda_convolution_fwd_kernel, x, offsets), _inputs(x) | _past(tail, x)
+    arguments = {
+        **shared,
+        **_filter(weight),
+        "y": y,
+        "chunk_table": tables.chunk_table,
+        "BT": tables.chunk_len,
+        "SILU": silu,
+    }
     _start(kda_convolution_fwd_kernel, x, arguments, tables.num_chunks)
     if not output_final_tail:
         return y, None
     num_sequences, taps = len(offsets) - 1, weight.shape[1]
     final = torch.empty(num_sequences, taps - 1, x.shape[2], dtype=x.dtype, device=x.device)
-    arguments = {**shared, "final_tail": final, "cu_seqlens": tables.cu_seqlens, "BS": _rows_of_tail(taps)}
+    arguments = {**shared, "W": taps, "final_tail": final, "cu_seqlens": tables.cu_seqlens, "BS": _rows_of_tail(taps)}
     _start(kda_convolution_tail_kernel, x, arguments, num_sequences)
     return y, final
 
@@ -215,7 +222,7 @@ def convolution_backward(
     dy = torch.zeros_like(x) if dy is None else dy
     tables, taps = _schedule(kda_convolution_bwd_kernel, x, offsets), weight.shape[1]
     shared = {
-        **_inputs(x, weight), **_past(tail, x), "dy": dy, **strides("y", "btd", dy),
+        **_inputs(x), **_filter(weight), **_past(tail, x), "dy": dy, **strides("y", "btd", dy),
         "dfinal": x if dfinal is None else dfinal, **strides("f", "nsd", dfinal), "HAS_FINAL": dfinal is not None, "SILU": silu,
     }  # fmt: skip
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -243,11 +250,12 @@ def _check(x: Tensor, weight: Tensor, activation: str | None) -> None:
         raise FlagError(message)
 
 
-def _inputs(x: Tensor, weight: Tensor) -> dict[str, Any]:
-    return {
-        "x": x, **strides("x", "btd", x), "weight": weight, **strides("w", "dw", weight), "T": x.shape[1],
-        "D": x.shape[2], "W": weight.shape[1],
-    }  # fmt: skip
+def _inputs(x: Tensor) -> dict[str, Any]:
+    return {"x": x, **strides("x", "btd", x), "T": x.shape[1], "D": x.shape[2]}
+
+
+def _filter(weight: Tensor) -> dict[str, Any]:
+    return {"weight": weight, **strides("w", "dw", weight), "W": weight.shape[1]}
 
 
 def _past(tail: Tensor | None, x: Tensor) -> dict[str, Any]:

@@ -27,6 +27,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 TF32_MASK = np.uint32(0xFFFFE000)
 QUIET_NAN = np.uint16(0x7FC0)
 SWITCH = "TRITON_INTERPRET"
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 
 
 def choose_mode() -> None:
@@ -235,6 +236,10 @@ def _repair_execution(shipped: Any) -> None:  # noqa: ANN401
     kept: list[Any] = []
 
     def quiet_call(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        # As shipped, an argument that the kernel does not have is dropped, which a compiled kernel refuses.
+        if unknown := kwargs.keys() - set(self.arg_names) - LAUNCH_OPTIONS:
+            message = f"{self.fn.__name__} must be given its own arguments, got {sorted(unknown)}"
+            raise TypeError(message)
         # A GPU does not warn of an infinity or a NaN; the kernels mask what they must.
         with np.errstate(all="ignore"):
             execute(self, *args, **kwargs)

@@ -138,6 +138,11 @@ def test_what_is_remembered_of_operands_is_right() -> None:
         assert torch.equal(found[i], expected)
 
 
+def test_an_argument_that_a_kernel_does_not_have_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"bounded_kernel must be given its own arguments.*taps"):
+        bounded_kernel[(1,)](torch.ones(3), torch.empty(1), torch.tensor([3]), taps=4, num_warps=2)
+
+
 def test_a_triton_without_the_places_to_repair_is_refused() -> None:
     with pytest.raises(ImportError, match=r"InterpreterBuilder\.cast_impl"):
         interpreter.require_hooks(SimpleNamespace())
