@@ -51,6 +51,7 @@ def test_recall_is_learned(tmp_path: Path) -> None:
     assert float(str(rows[1]["loss"])) > 4
     assert float(str(rows[-1]["loss"])) < 0.1
     assert accuracy > 0.99
+    assert [row.get("ended") for row in rows] == [None] * 150 + ["steps"]
     found = summary(cell, out)
     assert found["steps"] == 150
     assert 20 < found["learned_at"] < 150
@@ -60,6 +61,23 @@ def test_recall_is_learned(tmp_path: Path) -> None:
         asked = tokens.targets >= 0
         right = again.eval()(tokens.tokens)[asked].argmax(-1) == tokens.targets[asked]
     assert float(right.float().mean()) > 0.97
+
+
+def test_a_run_says_what_ended_it_and_nothing_where_it_was_stopped(tmp_path: Path) -> None:
+    recipe = Recipe(
+        data="recall", length=16, rows=2, model="tiny-dense", steps=40, warmup=2, operator="torch", stop_at=0.0
+    )
+    run = Run(recipe, tmp_path)
+    run.train(until=15)
+    assert run.ended is None
+    assert all("ended" not in row for row in rows_of(tmp_path))
+    run.train()
+    # The accuracy asked for is that of 20 steps.
+    assert [(row["step"], row.get("ended")) for row in rows_of(tmp_path)[1:]] == [
+        (10, None),
+        (15, None),
+        (20, "accuracy"),
+    ]
 
 
 def test_bytes_are_learned_with_muon_experts_and_recomputation(tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ from kda_reports.store import Store
 from kda_reports.table_command import table
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import read_timings
+from kda_reports.training import ROWS, files_of, read_training
+from kda_reports.training_charts import WRONG, picture
+from kda_reports.training_page import render_training
+from kda_reports.training_panels import compare
 from kda_reports.trends import trends
 
 if TYPE_CHECKING:
@@ -64,6 +68,39 @@ def bench(
 
 @app.command()
 @refusing
+def training(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Rows files of `kda_model.train` and `kda_model.throughput` (JSONL), or folders that hold such."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write; its numbers go beside it.")] = Path("training.html"),
+    every: Annotated[int, typer.Option(min=1, help="Keep one of so many steps in the condensed rows.")] = 50,
+    image: Annotated[Path | None, typer.Option(help="Also write the panels of wrong guesses as one SVG.")] = None,
+) -> None:
+    """Render training runs: accuracy and loss against steps, mixers side by side, and the shares of a step."""
+    if out.suffix != ".html":
+        message = f"--out must end in .html, got {str(out)!r}; the numbers beside it end in .csv and .jsonl"
+        raise RowError(message)
+    if overwritten := {out.with_suffix(".jsonl").resolve()} & {path.resolve() for path in files_of(runs)}:
+        message = f"--out must have another name than the rows that are read, got {overwritten.pop().name!r} for both"
+        raise RowError(message)
+    found, throughputs = read_training(runs)
+    if image is not None and not found:
+        message = "--image must have training runs to draw, got rows of throughput only; leave it out"
+        raise RowError(message)
+    files = render_training(found, throughputs, _sources(runs), name=out.stem, every=every)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for ending, text in files.items():
+        out.with_suffix(ending).write_text(text, encoding="utf-8")
+    if image is not None:
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_text(picture(compare(found), WRONG), encoding="utf-8")
+
+
+@app.command()
+@refusing
 def dashboard(
     store: StoreOption = STORE,
     days: Annotated[int, typer.Option(min=1, help="Compare with so many days before the newest commit.")] = 7,
@@ -77,6 +114,11 @@ def dashboard(
         (out / name).write_text(text, encoding="utf-8")
     typer.echo(files["summary.md"], nl=False)
     typer.echo(f"{len(files)} files in {out}", err=True)
+
+
+def _sources(runs: list[Path]) -> list[str]:
+    """Return names of rows files, with their folder where all files have one name."""
+    return [str(Path(path.parent.name, path.name)) if path.name == ROWS else path.name for path in files_of(runs)]
 
 
 def _names(rows: list[Path]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import synthetic_timings
+import synthetic_training
 from kda_reports.dashboard import render_dashboard
 from kda_reports.page import render_errors, render_mutants
 from kda_reports.results import Said, as_text, collect, read_results
@@ -16,6 +17,8 @@ from kda_reports.rows import read_rows
 from kda_reports.table import render_table
 from kda_reports.timing_page import render_bench
 from kda_reports.timings import read_timings
+from kda_reports.training import read_training
+from kda_reports.training_page import render_training
 from kda_reports.trends import trends
 from synthetic_history import GPU, bimodal, measured, noisy, timed
 from synthetic_rows import closed, lines, measure_row, sample, verdict_row
@@ -92,14 +95,18 @@ def write_pages(folder: Path, name: str | None = None) -> list[Path]:
         f"dashboard/{path}": text for path, text in render_dashboard(trends(history(name or "steady")), 7, 1).items()
     }
     rows, two, planted, timings = sample(), _two_runs(), _planted(), synthetic_timings.sample()
+    steps = synthetic_training.sample()
     if name is not None:
-        for row in (*rows, *two, *planted, *timings):
+        for row in (*rows, *two, *planted, *timings, *steps):
             _rename(row, name)
     files["report.html"] = render_errors(read_rows([_written(folder, "rows", rows)]), ["rows.jsonl"])
     files["two.html"] = render_errors(read_rows([_written(folder, "two", two)]), ["two.jsonl"])
     files["mutants.html"] = render_mutants(read_rows([_written(folder, "mutants", planted)]), ["mutants.jsonl"])
     files["bench.html"] = render_bench(*read_timings([_written(folder, "bench", timings)]), ["bench.jsonl"])
     files["table.html"] = _table(folder, rows, name)
+    training = read_training([_written(folder, "steps", steps)])
+    beside = render_training(*training, ["steps.jsonl"], name="training", every=50)
+    files |= {f"training{ending}": text for ending, text in beside.items()}
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
@@ -135,6 +142,8 @@ def _rename(row: Row, name: str) -> None:
         "regime",
         "dtype",
         "workload",
+        "data",
+        "mixer",
     ):
         if field in row and not (field == "workload" and row[field].startswith("forward-softplus")):
             row[field] = f"{row[field]}{name}" if field in ("implementation", "workload") else name

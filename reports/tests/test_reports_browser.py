@@ -22,7 +22,7 @@ if chromium() is None:
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
 PAGES = (
     "dashboard/index.html", "dashboard/speed.html", "dashboard/memory.html", "dashboard/accuracy.html", "dashboard/compile.html",
-    "report.html", "two.html", "mutants.html", "bench.html", "table.html",
+    "report.html", "two.html", "mutants.html", "bench.html", "table.html", "training.html",
 )  # fmt: skip
 LEAST_CONTRAST = 4.5
 # Contrast as WCAG 2 defines it, of every text against the nearest background that is painted behind it.
@@ -191,21 +191,26 @@ def test_a_table_opens_by_the_keyboard(chrome: Any, folder: Path) -> None:
 
 
 def test_downloads_lie_beside_the_pages(chrome: Any, folder: Path) -> None:
-    held = folder / "dashboard"
-    with chrome.new_context() as context:
-        page = context.new_page()
-        page.goto((held / "index.html").as_uri())
-        with page.expect_download() as download:
-            page.locator("nav a[href='history.csv']").click()
-        assert (held / "history.csv").read_text() == download.value.path().read_text()
-    # What a browser can show it shows, where a page was opened from a file.
-    for name in ("history.json", "summary.md"):
+    for path, name in (("dashboard/index.html", "history.csv"), ("training.html", "training.csv")):
         with chrome.new_context() as context:
             page = context.new_page()
-            page.goto((held / "index.html").as_uri())
+            page.goto((folder / path).as_uri())
+            with page.expect_download() as download:
+                page.locator(f"nav a[href='{name}']").click()
+            assert (folder / path).with_name(name).read_text() == download.value.path().read_text()
+    # What a browser can show it shows, where a page was opened from a file.
+    shown = (
+        ("dashboard/index.html", "history.json"),
+        ("dashboard/index.html", "summary.md"),
+        ("training.html", "training.jsonl"),
+    )
+    for path, name in shown:
+        with chrome.new_context() as context:
+            page = context.new_page()
+            page.goto((folder / path).as_uri())
             page.locator(f"nav a[href='{name}']").click()
             page.wait_for_url("**/" + name)
-            assert page.locator("body").inner_text().strip() == (held / name).read_text().strip()
+            assert page.locator("body").inner_text().strip() == (folder / path).with_name(name).read_text().strip()
 
 
 def test_names_are_text_whatever_they_say(chrome: Any, tmp_path: Path) -> None:

@@ -88,13 +88,13 @@ class Run:
             while self.step < last and not self.converged:
                 row = self._one_step()
                 if self.step % log_every == 0 or self.step == last or self.converged:
-                    self._append(row)
+                    self._append(row if self.ended is None else {**row, "ended": self.ended})
                 if self.step % save_every == 0:
                     self.save()
                 if bar is not None and task is not None:
                     name = f"{self.recipe.data} loss {row['loss']:.3f} accuracy {row['accuracy']:.3f}"
                     bar.update(task, completed=self.step, description=name)
-        if self.step == self.recipe.steps or self.converged:
+        if self.ended is not None:
             self.save()
             checkpoint.save(self.model, self.folder)
         return sum(self._accuracies) / max(1, len(self._accuracies))
@@ -104,6 +104,13 @@ class Run:
         """Return whether the accuracy asked for has been reached."""
         full = len(self._accuracies) == SMOOTHED
         return self.recipe.stop_at is not None and full and sum(self._accuracies) / SMOOTHED >= self.recipe.stop_at
+
+    @property
+    def ended(self) -> str | None:
+        """Return what ended the run, ``accuracy`` or ``steps``; ``None`` while there is more to do, as after a kill."""
+        if self.converged:
+            return "accuracy"
+        return "steps" if self.step == self.recipe.steps else None
 
     def _one_step(self) -> dict[str, Any]:
         start = time.perf_counter()
