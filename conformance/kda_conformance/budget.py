@@ -75,8 +75,8 @@ SMOOTHING_WIDTH = 17
 # How much finer than the deviation of correct computations the reference has to be.
 FINER = 4.0
 # What share of the largest number that goes into a state the reference may be off by in any case: a float32 rounding of that number is
-# a million times as large. A state that decayed to nothing has no deviation to compare with, and its bound decays by the slowest channel.
-NEGLIGIBLE = 2.0**-44
+# 65 thousand times as large. A state that decayed to nothing has no deviation to compare with, and its bound decays by the slowest channel.
+NEGLIGIBLE = 2.0**-40
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 INPUT_DTYPE_TENSORS = ("o", "dq", "dk", "dv")
 

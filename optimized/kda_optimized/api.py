@@ -90,7 +90,28 @@ def chunk_kda(
     ----------
     [KL] Kimi Linear technical report, Eqs. (2)-(9).
     """
-    return _apply(KdaInputs(**locals()), recurrent=False)
+    inputs = KdaInputs(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        safe_gate=safe_gate,
+        lower_bound=lower_bound,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        A_log=A_log,
+        dt_bias=dt_bias,
+    )
+    return _apply(inputs, recurrent=False)
 
 
 def fused_recurrent_kda(
@@ -124,7 +145,28 @@ def fused_recurrent_kda(
     ----------
     [KL] Kimi Linear technical report, Eq. (1).
     """
-    return _apply(KdaInputs(**locals()), recurrent=True)
+    inputs = KdaInputs(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        safe_gate=safe_gate,
+        lower_bound=lower_bound,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        A_log=A_log,
+        dt_bias=dt_bias,
+    )
+    return _apply(inputs, recurrent=True)
 
 
 def _apply(inputs: KdaInputs, *, recurrent: bool) -> tuple[Tensor, Tensor | None]:

@@ -64,7 +64,8 @@ def _types_made_once(original: Callable[..., None], constexpr: Any) -> Callable[
     made: dict[Any, dict[str, Any]] = {}
 
     def initialise(self: Any, element_ty: Any, shape: Any) -> None:  # noqa: ANN401
-        sizes = (size.value if isinstance(size, constexpr) else size for size in getattr(shape, "value", shape))
+        shape = shape.value if isinstance(shape, constexpr) else shape
+        sizes = (size.value if isinstance(size, constexpr) else size for size in shape)
         key = (element_ty.name, *sizes)
         found = made.get(key)
         if found is None:
