@@ -1,4 +1,4 @@
-"""On a GPU: decoding as a graph is decoding, the grouped product is the loop, and bfloat16 stays near float32."""
+"""On a GPU: decoding as a graph is decoding, the grouped product is the loop, and bfloat16 loses what it loses on torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from model_cases import made, package, random_tokens
 
-DISTANCE = 0.1  # relative, in norm: some tens of roundings to bfloat16, one behind the other
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -79,33 +78,37 @@ def test_grouped_product_is_the_loop_over_experts(model: Any) -> None:
         results.append([y, *torch.autograd.grad((y * upstream).sum(), [x, *experts.parameters()])])
     for found, expected in zip(*results, strict=True):
         assert bool(found.isfinite().all())
-        assert float((found - expected).float().norm()) <= 2.0**-6 * float(expected.float().norm())
+        assert float((found - expected).detach().float().norm()) <= 2.0**-6 * float(expected.detach().float().norm())
 
 
-def test_bfloat16_on_the_kernels_is_near_float32_on_torch(model: Any) -> None:
-    """Logits and every gradient, with the same experts: no budget, but a wrong call of a kernel is far outside."""
+def test_the_kernels_round_no_more_than_torch(model: Any) -> None:
+    """In bfloat16, logits and every gradient are as near to float32 as on the torch form, with the same experts."""
     kda = package()
     tokens = random_tokens(2, 150).cuda()
     plain = kda.KimiLinear(model.config, "torch").cuda().eval()
     plain.load_state_dict(model.state_dict())
+    rounded = kda.KimiLinear(model.config, "torch").cuda().eval().cast(torch.bfloat16)
+    rounded.load_state_dict(model.state_dict())
     for router in model.routers():
         router.forced = None
     with torch.no_grad():
         model(tokens)
     routing = [router.last.indices for router in model.routers()]
-    logits, gradients = [], []
-    for one in (model, plain):
+    results = []
+    for one in (model, rounded, plain):
         for router, indices in zip(one.routers(), routing, strict=True):
             router.forced = indices
         one.zero_grad()
         out = one(tokens)
         out.float().square().mean().backward()
-        logits.append(out.detach().float())
-        gradients.append({name: parameter.grad.float() for name, parameter in one.named_parameters()})
-    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < DISTANCE
-    for name, found in gradients[0].items():
-        expected = gradients[1][name]
-        assert float((found - expected).norm() / expected.norm().clamp_min(1e-20)) < DISTANCE, name
+        gradients = {name: parameter.grad.float() for name, parameter in one.named_parameters()}
+        results.append({"logits": out.detach().float(), **gradients})
+    for name, expected in results[-1].items():
+        found, other = (
+            float((result[name] - expected).norm() / expected.norm().clamp_min(1e-20)) for result in results[:-1]
+        )
+        # Of two errors of n elements that are alike in size, one is by chance larger: the more, the fewer elements.
+        assert found < (1.5 + 4 / expected.numel() ** 0.5) * other + 2.0**-8, (name, found, other)
 
 
 def test_prefill_in_chunks_is_prefill(model: Any) -> None:
