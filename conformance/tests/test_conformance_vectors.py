@@ -56,19 +56,26 @@ def test_a_new_build_agrees_with_itself_byte_by_byte_and_with_what_is_published(
         write_group(tmp_path / name, group, VERSION, first_vectors(group))
     for name in (f"{group}.json", f"{group}.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    # Another processor may round the last bit otherwise: values agree within both bounds, drawn inputs bit for bit.
+    # Another processor may round the last bit otherwise: values agree within both bounds, drawn inputs bit for bit. What is permitted is
+    # estimated from members whose roundings are drawn by those bits, 24 of them: an estimate is off by a seventh, two of them differ by a
+    # fifth, and by e no more often than a normal number leaves five deviations. Over all elements of a group it averages out.
     made, published = read_group(tmp_path / "one", group), read_group(PUBLISHED, group)
     assert len(made) in (2, len(published))
+    ratios = []
     for new, old in zip(made, published, strict=False):
         assert (new.id, new.comment, new.flags, new.options) == (old.id, old.comment, old.flags, old.options)
         assert new.value.keys() == old.value.keys()
         for name, value in new.value.items():
             assert ((value - old.value[name]).abs() <= new.bound[name] + old.bound[name]).all(), new.id
             for arithmetic, permitted in new.permitted.items():
-                assert torch.allclose(permitted[name], old.permitted[arithmetic][name], rtol=1e-2), new.id
+                one, two = permitted[name], old.permitted[arithmetic][name]
+                ratios.append((one[two > 0] / two[two > 0]).log().flatten())
+                assert torch.equal(one > 0, two > 0), new.id
+                assert (ratios[-1].abs() < 1).all(), new.id
         for name, x in new.inputs.items():
             if group != "decode" or name != "initial_state":
                 assert torch.equal(x, old.inputs[name]), (new.id, name)
+    assert float(torch.cat(ratios).mean().abs()) < 0.02
 
 
 def test_a_build_has_index_schemas_and_checksums(tmp_path: Path) -> None:
