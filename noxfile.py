@@ -34,7 +34,7 @@ def install(session: nox.Session, *requirements: str, group: str | None = None) 
 
 def measure(session: nox.Session) -> None:
     """Set up what a session needs that runs the operator: one thread a process, since two processes share two cores."""
-    install(session, "--editable", ".[peers,reports]", group="test")
+    install(session, "--editable", ".[fast,peers,reports]", group="test")
     session.env["OMP_NUM_THREADS"] = "1"
 
 
@@ -48,7 +48,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the types with mypy, strictly."""
-    install(session, "--editable", ".[peers,reports]", group="types")
+    install(session, "--editable", ".[fast,peers,reports]", group="types")
     session.run("mypy", *session.posargs)
 
 
@@ -111,7 +111,7 @@ def wheel(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Judge every implementation on the machine's GPU: nox -s gpu -- --effort exhaustive."""
     # A machine with a GPU brings its torch and Triton, which the constraints would replace.
-    session.install("--editable", ".[peers,reports]", "fla-core>=0.6")
+    session.install("--editable", ".[fast,peers,reports]", "fla-core>=0.6")
     session.run("kda", "verify", "--device", "cuda", *session.posargs)
 
 
@@ -129,7 +129,7 @@ def browser(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Time implementations side by side, each judged first: nox -s bench -- --quick; tiny sizes where there is no GPU."""
     if shutil.which("nvidia-smi"):
-        session.install("--editable", ".[peers,reports]", "fla-core>=0.6")
+        session.install("--editable", ".[fast,peers,reports]", "fla-core>=0.6")
     else:
         measure(session)
         BENCHMARK.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+FLOAT64_BITS = 53
+FP16_QUANTUM = 2.0**-24
+FP16_SMALLEST_NORMAL = 2.0**-14
+SMALLEST_NORMAL = 2.0**-126
 SIGNIFICAND_BITS = {"bf16": 8, "fp16": 11, "tf32": 11, "fp32": 24, "fp64": 53}
 DTYPE_OF_FORMAT = {
     "bf16": torch.bfloat16,

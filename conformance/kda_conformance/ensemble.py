@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from kda_conformance import activations
 from kda_conformance.arithmetic import U32, Arithmetic
-from kda_conformance.rounding import ACCUMULATION, UNIFORM_TO_UNIT_VARIANCE, Exact, Rounder, flush
+from kda_conformance.hashing import UNIFORM_TO_UNIT_VARIANCE
+from kda_conformance.rounding import ACCUMULATION, Exact, Rounder, disturb
 
 if TYPE_CHECKING:
     from kda_reference import KdaInputs
@@ -261,14 +262,10 @@ class NoisyFloat32:
         self.levels = levels
         self.generator = torch.Generator(device=levels.device).manual_seed(seed)
 
-    def uniform(self, shape: torch.Size) -> Tensor:
-        """Return noise in ``[-1, 1)`` times each member's level."""
-        noise = 2 * torch.rand(shape, generator=self.generator, dtype=torch.float64, device=self.levels.device) - 1
-        return noise * self.levels.reshape(-1, *[1] * (len(shape) - 1))
-
-    def flush(self, x: Tensor) -> Tensor:
-        """Set what float32 does not hold as a normal number to zero, in the members with noise."""
-        return torch.where(self.levels.reshape(-1, *[1] * (x.dim() - 1)) > 0, flush(x), x)
+    def disturb(self, x: Tensor, size: float) -> Tensor:
+        """Multiply ``x`` by ``1 + size`` times noise; what float32 does not hold as a normal number is zero, in the members with noise."""
+        drawn = torch.rand(x.shape, generator=self.generator, dtype=torch.float64, device=x.device)
+        return disturb(x, drawn, self.levels, size)
 
     def __call__(self, x: Tensor, ulps: float = 1.0) -> Tensor:
         """Disturb ``x`` by up to ``ulps`` units in the last place, and its cotangent too."""
@@ -280,7 +277,9 @@ class NoisyFloat32:
         with torch.no_grad():
             squares = torch.einsum("rngk,rngkv->rngv", vector**2, matrix**2)
             deviation = ACCUMULATION * U32 * (vector.shape[-1] / 2) ** 0.5 * (squares + product**2).sqrt()
-            noise: Tensor = deviation * UNIFORM_TO_UNIT_VARIANCE * 0.5 * self.uniform(product.shape)
+            drawn = torch.rand(product.shape, generator=self.generator, dtype=torch.float64, device=product.device)
+            uniform = (2 * drawn - 1) * self.levels.reshape(-1, 1, 1, 1)
+            noise: Tensor = deviation * UNIFORM_TO_UNIT_VARIANCE * 0.5 * uniform
         return product + noise
 
 
@@ -288,11 +287,11 @@ class _Disturb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: float, noise: NoisyFloat32) -> Tensor:  # noqa: ANN401
         ctx.size, ctx.noise = size, noise
-        return noise.flush(x * (1 + size * noise.uniform(x.shape)))
+        return noise.disturb(x, size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        return ctx.noise.flush(grad * (1 + ctx.size * ctx.noise.uniform(grad.shape))), None, None
+        return ctx.noise.disturb(grad, ctx.size), None, None
 
 
 def recurrence_member(

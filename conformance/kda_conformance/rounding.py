@@ -11,55 +11,49 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kda_conformance.arithmetic import SIGNIFICAND_BITS, U32
+from kda_conformance.arithmetic import (
+    FLOAT64_BITS,
+    FP16_QUANTUM,
+    FP16_SMALLEST_NORMAL,
+    SIGNIFICAND_BITS,
+    SMALLEST_NORMAL,
+    U32,
+)
+from kda_conformance.hashing import UNIFORM_TO_UNIT_VARIANCE, hash_bits, member_seeds, uniform_from
+
+loops: ModuleType | None
+try:
+    from kda_conformance import rounding_loops
+except ImportError:  # without Numba, or with a NumPy that it does not know
+    loops = None
+else:
+    loops = rounding_loops
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
-FLOAT64_BITS = 53
-FP16_QUANTUM = 2.0**-24
-FP16_SMALLEST_NORMAL = 2.0**-14
-SMALLEST_NORMAL = 2.0**-126
-# Odd multipliers of the SplitMix64 finaliser, as signed 64-bit integers.
-MIX_1 = -4658895280553007687
-MIX_2 = -7723592293110705685
 ACCUMULATION = 0.4
-UNIFORM_TO_UNIT_VARIANCE = 12.0**0.5
+ACCUMULATION_SEED = 7919
 Mode = Literal["stochastic", "nearest", "truncate"]
 
 
-def member_seeds(first: int, count: int, num_axes: int, device: torch.device) -> Tensor:
-    """Return one well-mixed 64-bit seed per member, shaped to broadcast over ``num_axes`` axes."""
-    seeds = (torch.arange(count, dtype=torch.int64, device=device) + first + 1) * MIX_1
-    return seeds.reshape(count, *[1] * (num_axes - 1))
-
-
-def hash_bits(x: Tensor, seeds: Tensor) -> Tensor:
-    """Return 64 pseudo-random bits (int64) that depend only on the value and the member's seed."""
-    # In place: most of a budget's time goes through here.
-    h = x.contiguous().view(torch.int64) ^ seeds
-    for shift, factor in ((30, MIX_1), (27, MIX_2), (31, None)):
-        tail = h >> shift
-        h ^= tail.bitwise_and_((1 << (64 - shift)) - 1)
-        if factor is not None:
-            h *= factor
-    return h
-
-
-def uniform_from(bits: Tensor) -> Tensor:
-    """Return numbers in ``[0, 1)`` from hashed bits."""
-    return ((bits >> 11) & ((1 << FLOAT64_BITS) - 1)).double() * 2.0**-FLOAT64_BITS
+def _loops_for(x: Tensor) -> Any:  # noqa: ANN401 - a module, if it is there
+    """Return the module whose loops round ``x``, or ``None``: then tensor operations do, many times as slowly on a processor."""
+    return loops if x.device.type == "cpu" else None
 
 
 def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
     """Round float64 ``x`` to the significand of ``fmt``, up with probability equal to the remainder."""
     dropped = FLOAT64_BITS - SIGNIFICAND_BITS[fmt]
     mask = (1 << dropped) - 1
+    x = x.contiguous()
     bits = hash_bits(x, seeds)
     uniform = uniform_from(bits) if fmt == "fp16" else None
     # The bit pattern of a double is monotone in its magnitude, so adding a random remainder and cutting the tail
     # rounds the magnitude stochastically, carries into the exponent included.
-    rounded = bits.bitwise_and_(mask).add_(x.contiguous().view(torch.int64)).bitwise_and_(~mask).view(torch.float64)
+    rounded = bits.bitwise_and_(mask).add_(x.view(torch.int64)).bitwise_and_(~mask).view(torch.float64)
     if uniform is None:
         return rounded.masked_fill_(rounded.abs() < SMALLEST_NORMAL, 0.0)
     subnormal = torch.floor(x / FP16_QUANTUM + uniform) * FP16_QUANTUM
@@ -69,6 +63,15 @@ def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
 def flush(x: Tensor) -> Tensor:
     """Set what is below float32's smallest normal number to zero, as GPUs may: what it is multiplied by later may be large."""
     return torch.where(x.abs() < SMALLEST_NORMAL, torch.zeros_like(x), x)
+
+
+def disturb(x: Tensor, drawn: Tensor, levels: Tensor, size: float) -> Tensor:
+    """Multiply ``x [R, ...]`` by ``1 + size levels (2 drawn - 1)``, flushed where the level ``[R]`` of a member is not 0."""
+    if fast := _loops_for(x):
+        return fast.disturb(x, drawn, levels, size)  # type: ignore[no-any-return]
+    levels = levels.reshape(-1, *[1] * (x.dim() - 1))
+    disturbed = x.contiguous() * (1 + size * ((2 * drawn - 1) * levels))
+    return torch.where(levels > 0, flush(disturbed), disturbed)
 
 
 def truncate(x: Tensor, fmt: str) -> Tensor:
@@ -112,6 +115,8 @@ class Rounder:
             return truncate(x, fmt) if fmt == "tf32" else x
         if self.mode == "nearest":
             return round_to_nearest(x, fmt)
+        if fast := _loops_for(x):
+            return fast.round_stochastically(x, fmt, self.first_seed)  # type: ignore[no-any-return]
         return round_stochastically(x, fmt, member_seeds(self.first_seed, self.count, x.dim(), self.device))
 
     def round(self, x: Tensor, fmt: str | None) -> Tensor:
@@ -138,8 +143,12 @@ class Rounder:
         if self.mode != "stochastic":
             return self.raw(product, "fp32")
         square_of_sums = product**2 if square_of_sums is None else square_of_sums
-        deviation = ACCUMULATION * U32 * (num_terms / 2) ** 0.5 * (sum_of_squares + square_of_sums).sqrt()
-        seeds = member_seeds(self.first_seed + 7919, self.count, product.dim(), self.device)
+        size = ACCUMULATION * U32 * (num_terms / 2) ** 0.5
+        noise_seed = self.first_seed + ACCUMULATION_SEED
+        if fast := _loops_for(product):
+            return fast.accumulate(product, sum_of_squares, square_of_sums, size, self.first_seed, noise_seed)  # type: ignore[no-any-return]
+        deviation = size * (sum_of_squares + square_of_sums).sqrt()
+        seeds = member_seeds(noise_seed, self.count, product.dim(), self.device)
         uniform = uniform_from(hash_bits(product, seeds))
         return self.raw(product + deviation * UNIFORM_TO_UNIT_VARIANCE * (uniform - 0.5), "fp32")
 

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
 
     from kda_conformance.arithmetic import Arithmetic
 
-SOURCES = ("arithmetic", "rounding", "activations", "ensemble", "members", "cumulative_sum", "budget")
+SOURCES = (
+    "arithmetic",
+    "hashing",
+    "rounding",
+    "rounding_loops",
+    "activations",
+    "ensemble",
+    "members",
+    "cumulative_sum",
+    "budget",
+)
 
 
 def cache_folder() -> Path:
