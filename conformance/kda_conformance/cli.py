@@ -20,7 +20,7 @@ from rich.table import Table
 from kda_conformance import bench, compiling, discovery, verify, workloads
 from kda_conformance.claims import UsageError, narrow, read_claims
 from kda_conformance.contenders import contenders, installed_operators
-from kda_conformance.devices import choose_device, interpret_triton_without_gpu
+from kda_conformance.devices import choose_device, interpret_triton_without_gpu, num_cores
 from kda_conformance.planted import matrix, null_study
 from kda_conformance.planted.planting import variants
 from kda_conformance.vectors.build import build
@@ -56,6 +56,10 @@ Implementations = Annotated[
 
 
 Seed = Annotated[int, typer.Option(help="Judge another draw of every call.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Processes that judge at a time. Default: one a core.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where a run into the same folder was stopped; keep what it judged.")
+]
 
 
 @app.command("verify")
@@ -67,9 +71,7 @@ def verify_command(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where available and claimed.")] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for rows, logs and the report.")] = Path("out/verify"),
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that judge at a time. Default: one a core.")
-    ] = None,
+    processes: Processes = None,
 ) -> None:
     """Judge implementations side by side and write rows.jsonl and report.html."""
     interpret_triton_without_gpu()
@@ -118,19 +120,27 @@ def mutants(
     names: Annotated[
         list[str] | None, typer.Argument(help="Entries of the catalogue. Default: all, and the correct variants.")
     ] = None,
+    *,
     effort: Annotated[Effort, typer.Option(help="How much is run.")] = Effort.standard,
-    correct: Annotated[bool, typer.Option("--correct", help="Only the correct variants.")] = False,  # noqa: FBT002 - an option
+    correct: Annotated[bool, typer.Option("--correct", help="Only the correct variants.")] = False,
+    first_law: Annotated[
+        bool,
+        typer.Option("--first-law", help="Let a bug go at the first law that it breaks: caught or not, no matrix."),
+    ] = False,
     seed: Seed = 0,
+    processes: Processes = None,
+    resume: Resume = False,
     out: Annotated[Path, typer.Option(help="Folder for rows and the page.")] = Path("out/mutants"),
 ) -> None:
     """Judge the suite: run it over planted bugs and correct variants, and write the matrix of bugs and laws."""
     console = Console()
     try:
         entries = matrix.chosen([*(names or []), *(variants() if correct else ())])
+        plan = matrix.Plan(effort=effort.value, seed=seed, first_law=first_law, processes=processes or num_cores())
+        runs = matrix.run(entries, plan, out, console, resume=resume)
     except UsageError as error:
         console.print(str(error))
         raise typer.Exit(USAGE) from error
-    runs = matrix.run(entries, effort.value, seed, out, console)
     alive, alarms = matrix.survivors(runs), matrix.false_alarms(runs)
     bugs = sum(rows[0]["planted"]["kind"] == "bug" for rows in runs)
     console.print(f"{bugs - len(alive)} of {bugs} bugs caught; survivors: {', '.join(alive) or 'none'}")
@@ -142,18 +152,26 @@ def mutants(
 
 @app.command("null-study")
 def null_study_command(
-    runs: Annotated[int, typer.Option(min=1, help="Correct runs of each arithmetic class, at least.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the drawn calls; one that was never used for tuning.")] = 0,
+    *,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Correct runs of each arithmetic class with each seed, at least.")
+    ] = 1000,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Of the drawn calls; one that was never used for tuning; repeatable. Default: 0."),
+    ] = None,
+    processes: Processes = None,
+    resume: Resume = False,
     out: Annotated[Path, typer.Option(help="Folder for rows and the report.")] = Path("out/null"),
 ) -> None:
     """Judge the judge: correct variants on many drawn calls; a failure is a false alarm."""
     console = Console()
-    margins = null_study.run(runs, seed, out, console)
+    margins = null_study.run(runs, seed or [0], out, console, processes=processes or num_cores(), resume=resume)
     alarms = sum(margin.alarms for margin in margins)
-    table = Table("class", "runs", "false alarms", "largest score", "99.9 percentile", "median")
+    table = Table("class", "runs", "false alarms", "largest score", "99.9 percentile", "median", "not judged")
     for margin in margins:
         quantiles = (f"{margin.quantile(share):.2f}" for share in (1, 0.999, 0.5))
-        table.add_row(margin.precision, str(len(margin.scores)), str(margin.alarms), *quantiles)
+        table.add_row(margin.precision, str(len(margin.scores)), str(margin.alarms), *quantiles, str(margin.unjudged))
     console.print(table)
     report = _report(out)
     console.print(

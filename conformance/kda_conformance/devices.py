@@ -1,4 +1,4 @@
-"""Choose where an implementation runs, and prepare a machine without a GPU for Triton kernels."""
+"""Choose where an implementation runs and on how many cores, and prepare a machine without a GPU for Triton kernels."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def interpret_triton_without_gpu() -> None:
     """Make Triton kernels run in its interpreter where no GPU is; must run before Triton is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def num_cores() -> int:
+    """Return how many cores this process may run on, which a CPU set can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,6 +20,7 @@ import pytest
 from rich.live import Live
 from rich.table import Table
 
+from kda_conformance.devices import num_cores
 from kda_conformance.rows import unloaded_rows
 
 if TYPE_CHECKING:
@@ -107,11 +108,9 @@ def judge_side_by_side(
     dict[str, int]
         pytest's exit status per implementation.
     """
-    processes = processes or os.cpu_count() or 1
+    processes = processes or num_cores()
     at_once = min(len(specs), processes)
-    if (each := processes // max(at_once, 1)) > 1:
-        # Of several processes pytest-benchmark warns, which is an error where warnings are.
-        options = [*options, "-n", str(each), "--dist", "worksteal", "--benchmark-disable"]
+    options = [*options, *shared_by(processes // max(at_once, 1))]
     out.mkdir(parents=True, exist_ok=True)
     rows = out / "rows.jsonl"
     rows.unlink(missing_ok=True)
@@ -159,6 +158,12 @@ def suite_command(spec: str, *options: str) -> list[str]:
         sys.executable, "-m", "pytest", "--pyargs", "kda_conformance.suite", "-q", "--tb=short", "-p", "no:cacheprovider",
         "--impl", spec, *options,
     ]  # fmt: skip
+
+
+def shared_by(processes: int) -> tuple[str, ...]:
+    """Return the options that let so many processes share the judging of one implementation."""
+    # Of several processes pytest-benchmark warns, which is an error where warnings are.
+    return ("-n", str(processes), "--dist", "worksteal", "--benchmark-disable") if processes > 1 else ()
 
 
 def _start(trial: Trial, options: Sequence[str]) -> subprocess.Popen[bytes]:
