@@ -68,7 +68,7 @@ class Arithmetic:
     @property
     def input_dtype(self) -> torch.dtype:
         """Return the dtype of q, k and v that a bare claim of this class is run with."""
-        return DTYPE_OF_FORMAT[self.name.removesuffix("-state16")]
+        return DTYPE_OF_FORMAT[self.name.partition("-")[0]]
 
 
 CLASSES = {
@@ -85,6 +85,14 @@ CLASSES = {
         ),
         Arithmetic(name="bf16", storage="bf16", operand="bf16", score_operand="tf32", diagonal_operand="tf32"),
         Arithmetic(name="fp16", storage="fp16", operand="fp16", score_operand="tf32", diagonal_operand="tf32"),
+        Arithmetic(
+            name="fp16-tf32",
+            storage="fp16",
+            operand="fp16",
+            score_operand="tf32",
+            diagonal_operand="tf32",
+            truncates=True,
+        ),
         Arithmetic(
             name="bf16-state16",
             storage="bf16",

@@ -214,5 +214,5 @@ def record(subject: Subject, call: Call, writer: RowWriter) -> None:
         "reproduction": subject.reproduction(call),
         "seconds": 0.0,
     }
-    slim = [{**measure, "by_token": [], "by_decay": []} for measure in subject.measures]
+    slim = [{**measure, "by_token": [], "by_decay": [], "by_channel": None} for measure in subject.measures]
     writer.verdict(verdict, slim)
