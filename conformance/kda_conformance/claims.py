@@ -55,6 +55,9 @@ class Claims:
     checks_arguments
         Arguments that contradict the contract are refused with an exception. ``None`` leaves it open: who refuses any call that
         arithmetic does not stumble over must refuse them all, and of who refuses none it is recorded only.
+    cumulative_gate_gradient
+        The gradient of the gate is summed over the later tokens of its chunk, and carries their rounding even where it has decayed to
+        less. Where this is not claimed, it and its reductions are judged without the allowance.
     chunk_size
         ``chunk_size`` may be 32, and changes nothing beyond rounding; claimed for a function that names the argument.
     decode
@@ -91,6 +94,7 @@ class Claims:
     deterministic: bool = True
     prefix_causal: bool = True
     checks_arguments: bool | None = None
+    cumulative_gate_gradient: bool = True
     chunk_size: bool = False
     decode: bool = False
     drafts: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -162,7 +162,10 @@ class Subject:
         inputs = self.inputs(call) if inputs is None else inputs
         backward = self.claims.backward if backward is None else backward
         cotangents = call.case.cotangents(inputs) if backward else (None, None)
-        return service.budget_of(inputs, *cotangents, self.arithmetic(call))
+        budget = service.budget_of(inputs, *cotangents, self.arithmetic(call))
+        if self.claims.cumulative_gate_gradient:
+            return budget
+        return {name: replace(entry, variance=entry.strict_variance) for name, entry in budget.items()}
 
     def arithmetic(self, call: Call) -> Arithmetic:
         """Return the arithmetic that is claimed for the call's dtype."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,11 @@ from kda_conformance import exact, strategies
 from kda_conformance.cases import Case
 from kda_conformance.claims import Claims, UsageError, narrow
 from kda_conformance.implementation import FunctionImplementation
+from kda_conformance.implementations.reference import Reference
 from kda_conformance.subject import Call, Subject
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FUSED = narrow(Claims(), {"only_in_kernel": ["gate", "l2norm", "beta_sigmoid"], "unbounded_decay": False}, "test")
 
@@ -73,3 +79,22 @@ def test_exact_problems_are_none_for_kernels_that_apply_everything() -> None:
 def test_an_activation_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="only_in_kernel must name activations"):
         narrow(Claims(), {"only_in_kernel": ["gelu"]}, "test")
+
+
+def test_a_gate_gradient_that_is_no_sum_is_judged_without_the_allowance_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDA_CACHE_DIR", str(tmp_path))
+    call = Call(Case(T=(20,), K=8, V=8, gate="spikes", seed=1), "float32")
+    allowed, strict = (
+        Subject(
+            implementation=Reference(),
+            claims=narrow(Claims(), {"precision": "fp32", "cumulative_gate_gradient": cumulative}, "test"),
+            device="cpu",
+            spec="reference",
+        ).budget(call)
+        for cumulative in (True, False)
+    )
+    for name, entry in allowed.items():
+        assert bool((strict[name].variance == entry.strict_variance).all())
+        assert bool((entry.variance > entry.strict_variance).any()) == (name == "dg")
