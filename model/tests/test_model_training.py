@@ -43,7 +43,7 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
 
 def test_recall_is_learned(tmp_path: Path) -> None:
     """In 150 steps, from the loss of chance, log 64 = 4.16, to less than 0.1."""
-    cell = Cell("recall", 16, "kda", 0)
+    cell = Cell("recall", 16, "kda", 1e-2, 0)
     tmp_path, out = cell.folder(tmp_path), tmp_path
     accuracy = Run(RECALL, tmp_path).train(log_every=1)
     rows = rows_of(tmp_path)
@@ -173,7 +173,7 @@ def test_clipping_is_of_all_gradients_together_and_gates_do_not_decay() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, 3.0)
-    assert optimise.step(0.1, 1.0) == pytest.approx(3 * model.lm_head.weight.numel() ** 0.5, rel=1e-5)
+    assert float(optimise.step(0.1, 1.0)) == pytest.approx(3 * model.lm_head.weight.numel() ** 0.5, rel=1e-5)
     for name, parameter in model.named_parameters():
         kept = name.endswith(("A_log", "dt_bias", "norm.weight"))
         assert torch.equal(parameter, before[name]) == kept, name
