@@ -1,4 +1,4 @@
-"""On a GPU: decoding and training as graphs are decoding and training, the grouped product is the loop, and bfloat16 loses what it loses on torch."""
+"""On a GPU: graphs of decoding and training repeat the steps, the grouped product is the loop, bfloat16 loses what it loses on torch."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_runs_side_by_side_are_the_runs_alone(tmp_path: Path) -> None:
     ],
 )
 def test_steps_that_cannot_be_recorded_are_launched(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    settings = {"operator": "torch", "precision": "float32", "steps": 6}
+    settings: dict[str, Any] = {"operator": "torch", "precision": "float32", "steps": 6}
     run = training_run(tmp_path, graph=True, **(settings | changes))
     assert reason in run.obstacle
     run.train(log_every=1)

@@ -18,7 +18,9 @@ from kda_model.synthetic import Cell, summary
 from kda_model.throughput import measure
 from kda_model.training.optimiser import Optimiser
 from kda_model.training.recipe import Recipe
-from kda_model.training.run import ROWS, Run
+from kda_model.training.run import ROWS, Pace, Run
+from kda_model.training.side_by_side import train_side_by_side
+from kda_model.training.step import loss_and_accuracy
 from kda_model.training.tasks import TASKS, SyntheticTask
 from kda_model.training.text import BEGIN, END, ByteText, read_documents
 from kda_reference.errors import DomainError
@@ -78,6 +80,71 @@ def test_a_run_says_what_ended_it_and_nothing_where_it_was_stopped(tmp_path: Pat
         (15, None),
         (20, "accuracy"),
     ]
+
+
+def test_runs_side_by_side_are_the_runs_alone(tmp_path: Path) -> None:
+    """Two at a time of four, one of which diverges and stops nobody else; a run that had ended is not run again."""
+    changes: dict[str, dict[str, object]] = {
+        "one": {}, "other": {"mixer": "gdn", "steps": 7}, "wild": {"learning_rate": 1e30, "warmup": 0}, "done": {"steps": 3},
+    }  # fmt: skip
+    recipes = {name: Recipe(**{**RECALL.to_row(), "steps": 12, "rows": 4, **some}) for name, some in changes.items()}
+    for name in ("one", "other"):
+        Run(recipes[name], tmp_path / f"{name}-alone").train(log_every=4)
+    Run(recipes["done"], tmp_path / "done").train(log_every=4)
+    runs = (Run(recipe, tmp_path / name) for name, recipe in recipes.items())
+    found = {run.folder.name: error for run, error in train_side_by_side(runs, 2, Pace(500, 4))}
+    assert "loss must be finite" in str(found.pop("wild"))
+    assert found == {"one": None, "other": None, "done": None}
+
+    def said(name: str) -> list[dict[str, object]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows_of(tmp_path / name)]
+
+    for name in ("one", "other"):
+        assert said(name) == said(f"{name}-alone")
+    assert [row.get("step") for row in rows_of(tmp_path / "done")] == [None, 3]
+
+
+def test_metrics_are_read_where_a_row_or_a_state_is_due(tmp_path: Path) -> None:
+    """And nowhere else; rows and parameters do not depend on how often that is."""
+    recipe = Recipe(**{**RECALL.to_row(), "steps": 10, "rows": 4})
+    found = {}
+    for log_every, save_every in ((1, 500), (4, 6)):
+        run = Run(recipe, tmp_path / str(log_every))
+        stretches = []
+        while run.ended is None:
+            run.start(Pace(save_every, log_every))
+            before = run.step
+            run.finish(Pace(save_every, log_every))
+            stretches.append(run.step - before)
+        found[log_every] = stretches
+        if log_every == 4:
+            assert stretches == [4, 2, 2, 2]
+    rows = {row["step"]: row["loss"] for row in rows_of(tmp_path / "1")[1:]}
+    assert [(row["step"], row["loss"]) for row in rows_of(tmp_path / "4")[1:]] == [
+        (step, rows[step]) for step in (4, 8, 10)
+    ]
+
+
+def test_places_that_are_not_asked_change_neither_loss_nor_accuracy() -> None:
+    model = initialise(KimiLinear(preset("tiny-dense").replace(vocab_size=130), "torch"), 0)
+    batch = SyntheticTask("stacks", 24, rows=4).batch(0, CPU)
+    loss, accuracy = loss_and_accuracy(model, batch)
+    asked = batch.targets >= 0
+    logits, targets = model(batch.tokens)[asked], batch.targets[asked]
+    assert 0 < int(asked.sum()) < asked.numel()
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
+    assert accuracy.item() == (logits.argmax(-1) == targets).float().mean().item()
+
+
+def test_a_graph_is_not_made_on_a_cpu_and_the_run_is_the_same(tmp_path: Path) -> None:
+    recipe = Recipe(**{**RECALL.to_row(), "steps": 6, "rows": 4})
+    for graph in (False, True):
+        run = Run(recipe, tmp_path / str(graph), graph=graph)
+        assert run.obstacle == "the model is on cpu"
+        run.train(log_every=1)
+        assert not run.recorded
+    losses = [[row.get("loss") for row in rows_of(tmp_path / str(graph))] for graph in (False, True)]
+    assert losses[0] == losses[1]
 
 
 def test_bytes_are_learned_with_muon_experts_and_recomputation(tmp_path: Path) -> None:

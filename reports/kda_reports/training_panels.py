@@ -90,7 +90,7 @@ def best_rates(runs: Sequence[TrainingRun]) -> tuple[list[TrainingRun], list[Tri
     tried, kept = [], set[int]()
     for (data, length, mixer, _), rates in sorted(groups.items()):
         num_seeds = len({run.seed for some in rates.values() for run in some})
-        chosen = min(rates, key=lambda rate: _shortfall(rates[rate], num_seeds))  # noqa: B023 - called in this turn
+        chosen = min(rates, key=lambda rate: _shortfall(rates[rate], num_seeds))
         kept |= {id(run) for run in rates[chosen]}
         if len(rates) > 1:
             name = MIXERS.get(mixer, mixer)

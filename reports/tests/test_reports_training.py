@@ -115,7 +115,12 @@ def test_the_best_learning_rate_of_each_mixer_is_shown(
 
 
 def test_rates_are_compared_where_nothing_else_differs(tmp_path: Path) -> None:
-    rows = [*a_run(1e-3, 0.5), *a_run(1e-4, 0.6, warmup=7), *a_run(1e-4, 0.7, length=512), *a_run(1e-4, 0.8, data="stacks")]
+    rows = [
+        *a_run(1e-3, 0.5),
+        *a_run(1e-4, 0.6, warmup=7),
+        *a_run(1e-4, 0.7, length=512),
+        *a_run(1e-4, 0.8, data="stacks"),
+    ]
     runs, _ = read_training([write(tmp_path, rows)])
     assert best_rates(runs) == (runs, [])
 

@@ -69,7 +69,7 @@ class Unit:
         ]
         if groups:
             # On a GPU in one launch, which reads the rate and counts the steps there, so that a graph can repeat it.
-            on_device = groups[0]["params"][0].is_cuda
+            on_device = all(master.leaf.is_cuda for master in self.masters)
             adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_device or None, capturable=on_device)
             self.optimisers.append(adamw)
         if self._kinds["matrix"]:
@@ -130,7 +130,12 @@ class Optimiser:
         """Return learning rates as steps take them: on the device where its steps read nothing on the host."""
         if not self.reads_nothing:
             return values
-        return torch.tensor(values, dtype=torch.float32).pin_memory().to(self._parameters[0].device, non_blocking=True).unbind()
+        return (
+            torch.tensor(values, dtype=torch.float32)
+            .pin_memory()
+            .to(self._parameters[0].device, non_blocking=True)
+            .unbind()
+        )
 
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, max_norm: float) -> Tensor:

@@ -138,14 +138,13 @@ class Run:
             found = torch.stack(self._started).tolist()
             self._started.clear()
             self.seconds += time.perf_counter() - self._began
-            for loss, accuracy, norm in found:
+            for loss, accuracy, _ in found:
                 if not math.isfinite(loss):
-                    message = (
-                        f"loss must be finite, got {loss} at step={self.step}; lower the learning rate and take up the last state"
-                    )
+                    message = f"loss must be finite, got {loss} at step={self.step}; lower the learning rate and take up the last state"
                     raise DomainError(message)
                 self.step += 1
                 self._accuracies.append(accuracy)
+            loss, accuracy, norm = found[-1]
             row = {
                 "kind": "train", "step": self.step, "loss": loss, "accuracy": accuracy, "gradient_norm": norm,
                 "tokens": self._tokens, "seconds": self.seconds, **self._labels(),
@@ -250,4 +249,3 @@ class Run:
         ]
         kept = [row for row in rows if row.get("step", 0) <= self.step]
         (self.folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-

@@ -28,7 +28,8 @@ def train_side_by_side(runs: Iterable[Run], at_once: int, pace: Pace) -> Iterato
     pace
         Of rows and states.
     """
-    waiting, active = iter(runs), list[Run]()
+    waiting = iter(runs)
+    active: list[Run] = []
     while True:
         active += islice(waiting, at_once - len(active))
         if not active:

@@ -43,7 +43,7 @@ class TrainingStep:
     def __call__(self, batch: Batch, rate: float | Tensor) -> Tensor:
         """Make a step; return its loss (nats), share of right guesses and norm of gradients before clipping, float64 ``[3]``."""
         loss, accuracy = loss_and_accuracy(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = self.optimiser.step(rate, self.max_norm)
         self.model.balance_routers(self.balance_rate)
         return torch.stack([x.detach().to(torch.float64) for x in (loss, accuracy, norm)])
