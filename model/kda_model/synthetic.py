@@ -86,14 +86,14 @@ def compare(
         return Run(recipe, cell.folder(out), where, graph=graph)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    failures = []
+    failures: dict[Path, str] = {}
     with Progress(*columns) as bar:
         task = bar.add_task("runs", total=len(cells))
         for run, error in train_side_by_side(map(run_of, cells), parallel, Pace(save_every, log_every)):
             bar.advance(task)
             if error is not None:
-                failures.append(f"{run.folder.name}: {error}")
-    found = [summary(cell, out) for cell in sorted(cells)]
+                failures[run.folder] = f"{run.folder.name}: {error}"
+    found = [summary(cell, out) for cell in sorted(cells) if cell.folder(out) not in failures]
     shown = Table(title=f"{model}, {steps} steps of {rows} sequences")
     for title in ("task", "length", "mixer", "learning rate", "seed", "accuracy", f"{LEARNED} at step", "s"):
         shown.add_column(title, justify="right")
@@ -103,7 +103,7 @@ def compare(
     Console().print(shown)
     (out / "summary.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     if failures:
-        raise typer.BadParameter("\n".join(failures))
+        raise typer.BadParameter("\n".join(failures.values()))
 
 
 if __name__ == "__main__":

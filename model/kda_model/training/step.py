@@ -77,7 +77,9 @@ class StepGraph:
     def __init__(self, step: TrainingStep, batch: Batch, rate: Tensor) -> None:
         self._tokens, self._targets, self._rate = batch.tokens.clone(), batch.targets.clone(), rate.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # On the stream that replays it: scratch memory of matrix products belongs to the stream on which they are recorded, and graphs
+        # that share some must not run at the same time.
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             self._found = step(Batch(self._tokens, self._targets), self._rate)
 
     def __call__(self, batch: Batch, rate: Tensor) -> Tensor:
