@@ -95,7 +95,7 @@ class KdaLayer(nn.Module):
             ``[B, T, D]``, and what calls that go on need.
         """
         width, groups = self.config.kda_head_width, self.config.num_value_heads
-        q, k, v, tails = self._operands(x_BTD, packing, memory)
+        q, k, v, tails = self._operands(x_BTD, operator, packing, memory)
         options = {
             "initial_state": None if memory is None else memory.state,
             "output_final_state": memory is not None,
@@ -128,16 +128,21 @@ class KdaLayer(nn.Module):
         return out, None if memory is None or state is None else KdaMemory(state, *tails)
 
     def _operands(
-        self, x_BTD: Tensor, packing: Packing | None, memory: KdaMemory | None
+        self, x_BTD: Tensor, operator: Operator, packing: Packing | None, memory: KdaMemory | None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         found, tails = [], list[torch.Tensor]()
+        dense = packing is None and memory is None and self.config.short_convolution
         for name in "qkv":
             x = getattr(self, f"{name}_proj")(x_BTD)
             tail = x[:, :0]
-            if self.config.short_convolution:
-                past = None if memory is None else getattr(memory, f"{name}_tail")
-                x, tail = getattr(self, f"{name}_conv1d")(x, packing, past)
-            found.append(silu(x).unflatten(-1, (-1, self.config.kda_head_width)))
+            if dense and operator.convolution is not None:
+                x = operator.convolution(x, getattr(self, f"{name}_conv1d").weight[:, 0])[0]
+            else:
+                if self.config.short_convolution:
+                    past = None if memory is None else getattr(memory, f"{name}_tail")
+                    x, tail = getattr(self, f"{name}_conv1d")(x, packing, past)
+                x = silu(x)
+            found.append(x.unflatten(-1, (-1, self.config.kda_head_width)))
             tails.append(tail)
         q, k, v = found
         return q, k, v, tails

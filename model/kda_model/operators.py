@@ -23,6 +23,8 @@ from torch import Tensor
 
 # Arguments and results are those of kda_reference.KdaInputs, every one after ``beta`` by name.
 KdaFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+# ``x [B, T, D]`` and taps ``[D, W]`` to SiLU of the causal convolution ``[B, T, D]``, and what is of no use here.
+Convolution: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,14 @@ class Operator:
         For calls of any length; differentiable where the model is to be trained.
     one
         For calls of one token a sequence, without a gradient.
+    convolution
+        The short convolution with SiLU, for whole rows that continue nothing; ``None`` means torch's, as everywhere else.
     """
 
     name: str
     many: KdaFunction
     one: KdaFunction
+    convolution: Convolution | None = None
 
 
 OperatorLike: TypeAlias = Operator | KdaFunction | str | None
@@ -70,9 +75,11 @@ def find_operator(which: OperatorLike, device: torch.device) -> Operator:
     if not isinstance(which, str):
         return Operator(getattr(which, "__name__", repr(which)), which, which)
     if which == "triton":
-        from kda_optimized import chunk_kda, fused_recurrent_kda  # noqa: PLC0415 - loads Triton, which not everyone wants
+        import kda_optimized  # noqa: PLC0415 - loads Triton, which not everyone wants
 
-        return Operator(which, chunk_kda, fused_recurrent_kda)
+        return Operator(
+            which, kda_optimized.chunk_kda, kda_optimized.fused_recurrent_kda, kda_optimized.short_convolution
+        )
     if which == "torch":
         return Operator(which, _chunkwise, _chunkwise)
     if which == "reference":

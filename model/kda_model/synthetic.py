@@ -1,27 +1,26 @@
 """``python -m kda_model.synthetic``: the report's synthetic tasks, KDA beside GDN and a decay without the delta rule.
 
-Each run is a process of ``kda_model.train`` in a folder of its own, several at a time: the models are small, and one alone leaves
-most of a GPU idle. A command that is given again takes up what is unfinished.
+As in the report, each is tried at several learning rates, and the best counts. Runs are those of ``kda_model.train``, in a folder each,
+several at a time in this process. A command that is given again takes up what is unfinished.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path  # noqa: TC003 - typer reads annotations when it runs
 from typing import Annotated, Any, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kda_model.config import MIXERS
-from kda_model.training.run import ROWS
+from kda_model.training.recipe import Recipe
+from kda_model.training.run import ROWS, Pace, Run
+from kda_model.training.side_by_side import train_side_by_side
 from kda_model.training.tasks import TASKS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -34,30 +33,12 @@ class Cell(NamedTuple):
     task: str
     length: int
     mixer: str
+    learning_rate: float
     seed: int
 
     def folder(self, out: Path) -> Path:
         """Return where its rows go."""
-        return out / f"{self.task}-{self.length}-{self.mixer}-{self.seed}"
-
-
-def start(cell: Cell, out: Path, options: list[str]) -> None:
-    """Train one cell to its end.
-
-    Raises
-    ------
-    RuntimeError
-        If the process fails; holds the end of what it printed.
-    """
-    command = [
-        sys.executable, "-m", "kda_model.train", cell.task, "--out", str(cell.folder(out)), "--length", str(cell.length),
-        "--mixer", cell.mixer, "--seed", str(cell.seed), "--no-progress", *options,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603 - our own module
-    if done.returncode:
-        message = f"{cell.folder(out).name} failed:\n{done.stderr[-2000:]}"
-        raise RuntimeError(message)
+        return out / f"{self.task}-{self.length}-{self.mixer}-{self.learning_rate:g}-{self.seed}"
 
 
 def summary(cell: Cell, out: Path) -> dict[str, Any]:
@@ -76,56 +57,53 @@ def compare(
     tasks: Annotated[str, typer.Option(help="separated by commas")] = ",".join(TASKS),
     lengths: Annotated[str, typer.Option(help="tokens of a sequence, separated by commas")] = "256",
     mixers: Annotated[str, typer.Option(help="separated by commas")] = ",".join(MIXERS),
+    learning_rates: Annotated[str, typer.Option(help="separated by commas, the likeliest first")] = "5e-4,1e-3,1e-4",
     seeds: Annotated[str, typer.Option(help="separated by commas")] = "0",
     parallel: Annotated[int, typer.Option(help="runs at a time")] = 9,
     steps: int = 4000,
     rows: Annotated[int, typer.Option(help="sequences of a step")] = 64,
-    learning_rate: float = 1e-3,
     precision: str = "bfloat16",
     model: str = "synthetic",
-    device: str = "",
+    operator: Annotated[str | None, typer.Option(help="triton, torch, reference or module:callable")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one")] = "",
+    graph: Annotated[bool, typer.Option(help="replay steps from a CUDA graph, on a GPU")] = True,  # noqa: FBT002 - an option
     save_every: int = 500,
+    log_every: int = 10,
 ) -> None:
-    """Train every combination, and tabulate accuracies."""
+    """Train every combination, all of one seed and learning rate before the next, and tabulate accuracies."""
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    axes = (seeds, learning_rates, lengths, tasks, mixers)
     cells = [
-        Cell(task, int(length), mixer, int(seed))
-        for task, length, mixer, seed in product(*(text.split(",") for text in (tasks, lengths, mixers, seeds)))
+        Cell(task, int(length), mixer, float(rate), int(seed))
+        for seed, rate, length, task, mixer in product(*(text.split(",") for text in axes))
     ]
-    options = [
-        "--steps", str(steps), "--rows", str(rows), "--learning-rate", str(learning_rate), "--precision", precision, "--model", model,
-        "--device", device, "--stop-at", "0.999", "--save-every", str(save_every),
-    ]  # fmt: skip
+
+    def run_of(cell: Cell) -> Run:
+        recipe = Recipe(
+            data=cell.task, length=cell.length, rows=rows, model=model, mixer=cell.mixer, operator=operator, steps=steps,
+            learning_rate=cell.learning_rate, precision=precision, seed=cell.seed, stop_at=0.999,
+        )  # fmt: skip
+        return Run(recipe, cell.folder(out), where, graph=graph)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found, failures = [], []
-    with Progress(*columns) as bar, ThreadPoolExecutor(parallel) as pool:
+    failures: dict[Path, str] = {}
+    with Progress(*columns) as bar:
         task = bar.add_task("runs", total=len(cells))
-        futures = {pool.submit(start, cell, out, options): cell for cell in cells}
-        for future in as_completed(futures):
+        for run, error in train_side_by_side(map(run_of, cells), parallel, Pace(save_every, log_every)):
             bar.advance(task)
-            error = future.exception()
-            if error is None:
-                found.append(summary(futures[future], out))
-            else:
-                failures.append(str(error))
+            if error is not None:
+                failures[run.folder] = f"{run.folder.name}: {error}"
+    found = [summary(cell, out) for cell in sorted(cells) if cell.folder(out) not in failures]
     shown = Table(title=f"{model}, {steps} steps of {rows} sequences")
-    for title in ("task", "length", "mixer", "seed", "accuracy", f"{LEARNED} at step", "s"):
+    for title in ("task", "length", "mixer", "learning rate", "seed", "accuracy", f"{LEARNED} at step", "s"):
         shown.add_column(title, justify="right")
-    found.sort(key=lambda row: (row["task"], row["length"], row["mixer"], row["seed"]))
     for row in found:
-        cells_shown = (
-            row["task"],
-            row["length"],
-            row["mixer"],
-            row["seed"],
-            f"{row['accuracy']:.4f}",
-            row["learned_at"],
-            f"{row['seconds']:.0f}",
-        )
-        shown.add_row(*map(str, cells_shown))
+        labels = (row["task"], row["length"], row["mixer"], f"{row['learning_rate']:g}", row["seed"])
+        shown.add_row(*map(str, (*labels, f"{row['accuracy']:.4f}", row["learned_at"], f"{row['seconds']:.0f}")))
     Console().print(shown)
     (out / "summary.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     if failures:
-        raise typer.BadParameter("\n".join(failures))
+        raise typer.BadParameter("\n".join(failures.values()))
 
 
 if __name__ == "__main__":

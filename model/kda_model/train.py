@@ -32,6 +32,7 @@ def train(
     optimiser: Annotated[str, typer.Option(help="adamw or muon")] = "adamw",
     precision: Annotated[str, typer.Option(help="of the parameters; masters are float32")] = "float32",
     recompute: Annotated[bool, typer.Option(help="compute activations again for the gradient")] = False,  # noqa: FBT002 - an option
+    graph: Annotated[bool, typer.Option(help="replay steps from a CUDA graph where they can be recorded")] = False,  # noqa: FBT002 - an option
     seed: int = 0,
     stop_at: Annotated[float | None, typer.Option(help="end at this mean accuracy of 20 steps")] = None,
     save_every: int = 500,
@@ -42,7 +43,9 @@ def train(
     settings: dict[str, Any] = {key: value for key, value in locals().items() if key in Recipe.__dataclass_fields__}
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        run = Run(Recipe(**settings), out, where)
+        run = Run(Recipe(**settings), out, where, graph=graph)
+        if graph and run.obstacle:
+            typer.echo(f"steps are launched one by one, not from a CUDA graph: {run.obstacle}", err=True)
         accuracy = run.train(save_every=save_every, log_every=log_every, progress=progress)
     except KdaError as error:
         raise typer.BadParameter(str(error)) from error

@@ -1,12 +1,16 @@
-"""On a GPU: decoding as a graph is decoding, the grouped product is the loop, and bfloat16 loses what it loses on torch."""
+"""On a GPU: graphs of decoding and training repeat the steps, the grouped product is the loop, bfloat16 loses what it loses on torch."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from model_cases import made, package, random_tokens
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -121,3 +125,74 @@ def test_prefill_in_chunks_is_prefill(model: Any) -> None:
         for chunk in (48, 128):
             found = kda.generate.prefill(model, prompts, model.new_cache(3), chunk)
             assert float((found - whole).norm() / whole.norm()) < 1e-4
+
+
+def training_run(folder: Path, mixer: str = "kda", *, graph: bool, **changes: Any) -> Any:
+    """Return a run whose steps can be recorded, unless changes say otherwise."""
+    training = package().training
+    # As many tokens as take the embedding's gradient by sorting, as longer sequences do.
+    settings = {"data": "stacks", "length": 80, "rows": 64, "steps": 30, "warmup": 5, "precision": "bfloat16"}
+    recipe = training.recipe.Recipe(mixer=mixer, **(settings | changes))
+    return training.run.Run(recipe, folder, "cuda", graph=graph)
+
+
+def said(run: Any) -> list[dict[str, Any]]:
+    """Return the rows of a run without its clock."""
+    rows = [json.loads(line) for line in (run.folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Refuse a run that says anything else than another, or ends elsewhere."""
+    assert said(found) == said(expected)
+    for (name, own), (_, other) in zip(
+        found.model.state_dict().items(), expected.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(own, other), name
+
+
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "decay"])
+def test_replayed_training_steps_are_the_steps(mixer: str, tmp_path: Path) -> None:
+    """Losses, accuracies, norms and parameters bit for bit, also when the run is taken up again."""
+    launched = training_run(tmp_path / "launched", mixer, graph=False)
+    launched.train(log_every=1)
+    replayed = training_run(tmp_path / "replayed", mixer, graph=True)
+    assert replayed.obstacle is None
+    replayed.train(save_every=10, log_every=1, until=20)
+    assert replayed.recorded
+    resumed = training_run(tmp_path / "replayed", mixer, graph=True)
+    assert resumed.step == 20
+    resumed.train(log_every=1)
+    assert resumed.recorded
+    assert_alike(resumed, launched)
+
+
+def test_runs_side_by_side_are_the_runs_alone(tmp_path: Path) -> None:
+    """Each on a stream of its own, with the same sequences, two at a time of three."""
+    training = package().training
+    mixers = ("kda", "gdn", "decay")
+    alone = [training_run(tmp_path / f"{mixer}-alone", mixer, graph=True) for mixer in mixers]
+    for run in alone:
+        run.train(log_every=5)
+    runs = (training_run(tmp_path / mixer, mixer, graph=True) for mixer in mixers)
+    found = list(training.side_by_side.train_side_by_side(runs, 2, training.run.Pace(500, 5)))
+    assert [error for _, error in found] == [None] * 3
+    for mixer, expected in zip(mixers, alone, strict=True):
+        assert_alike(next(run for run, _ in found if run.recipe.mixer == mixer), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"optimiser": "muon"}, "learning rate is read on the host"),
+        ({"model": "tiny"}, "how many tokens each expert has"),
+        ({"recompute": True}, "random numbers"),
+    ],
+)
+def test_steps_that_cannot_be_recorded_are_launched(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"operator": "torch", "precision": "float32", "steps": 6}
+    run = training_run(tmp_path, graph=True, **(settings | changes))
+    assert reason in run.obstacle
+    run.train(log_every=1)
+    assert not run.recorded
+    assert run.ended == "steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,7 @@ def test_model_is_in_budget_on(operator: str, preset: str, record_property: Any)
 def test_mixers_in_bfloat16_err_on_kernels_as_on_torch(mixer: str) -> None:
     """Output and gradients, against float64: at most twice the error of the same bfloat16 layer whose operator is float32 torch.
 
+    The convolution in front is torch's in all of them.
     The decay baseline hands the operator values 2^30 times as large, which no format in between may clip.
     """
     kda = package()
@@ -63,7 +65,7 @@ def test_mixers_in_bfloat16_err_on_kernels_as_on_torch(mixer: str) -> None:
         model = made(kda, config).cast(torch.bfloat16).to(where)
         own = (model if dtype == torch.bfloat16 else model.to(dtype)).model.layers[1].self_attn
         entry = x.to(where, dtype).requires_grad_()
-        out = own(entry, kda.find_operator(operator, entry.device))[0]
+        out = own(entry, replace(kda.find_operator(operator, entry.device), convolution=None))[0]
         (out * upstream.to(where, dtype)).sum().backward()
         return [y.double().cpu() for y in (out.detach(), entry.grad, *(p.grad for p in own.parameters()))]
 
@@ -71,3 +73,21 @@ def test_mixers_in_bfloat16_err_on_kernels_as_on_torch(mixer: str) -> None:
     found, baseline = layer("triton", torch.bfloat16, device), layer("torch", torch.bfloat16, "cpu")
     for place, (value, own, other) in enumerate(zip(exact, found, baseline, strict=True)):
         assert (own - value).norm() <= 2 * (other - value).norm(), place
+
+
+@pytest.mark.parametrize("length", [2, 70])
+def test_convolution_of_the_kernels_is_torchs(length: int) -> None:
+    """Output and gradients of a layer in float32, to some of its units, for rows shorter than the filter too."""
+    kda = package()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = made(kda, kda.preset("tiny-dense").replace(kda_head_width=16)).to(device).model.layers[1].self_attn
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(2, length, 32, generator=generator).to(device) for _ in range(2))
+    operator = kda.find_operator("triton", x.device)
+    results = []
+    for one in (operator, replace(operator, convolution=None)):
+        entry = x.clone().requires_grad_()
+        out = own(entry, one)[0]
+        results.append([out, *torch.autograd.grad(out, [entry, *own.parameters()], upstream)])
+    for place, (found, expected) in enumerate(zip(*results, strict=True)):
+        assert float((found - expected).detach().norm()) <= 1e-5 * float(expected.detach().norm()), place

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from kda_model.synthetic import Cell, summary
 from kda_model.throughput import measure
 from kda_model.training.optimiser import Optimiser
 from kda_model.training.recipe import Recipe
-from kda_model.training.run import ROWS, Run
+from kda_model.training.run import ROWS, Pace, Run
+from kda_model.training.side_by_side import train_side_by_side
+from kda_model.training.step import loss_and_accuracy
 from kda_model.training.tasks import TASKS, SyntheticTask
 from kda_model.training.text import BEGIN, END, ByteText, read_documents
 from kda_reference.errors import DomainError
@@ -43,7 +46,7 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
 
 def test_recall_is_learned(tmp_path: Path) -> None:
     """In 150 steps, from the loss of chance, log 64 = 4.16, to less than 0.1."""
-    cell = Cell("recall", 16, "kda", 0)
+    cell = Cell("recall", 16, "kda", 1e-2, 0)
     tmp_path, out = cell.folder(tmp_path), tmp_path
     accuracy = Run(RECALL, tmp_path).train(log_every=1)
     rows = rows_of(tmp_path)
@@ -78,6 +81,75 @@ def test_a_run_says_what_ended_it_and_nothing_where_it_was_stopped(tmp_path: Pat
         (15, None),
         (20, "accuracy"),
     ]
+
+
+def test_runs_side_by_side_are_the_runs_alone(tmp_path: Path) -> None:
+    """Two at a time of four, one of which diverges and stops nobody else; a run that had ended is not run again."""
+    changes: dict[str, dict[str, object]] = {
+        "one": {}, "other": {"mixer": "gdn", "steps": 7}, "wild": {"learning_rate": 1e30, "warmup": 0}, "done": {"steps": 3},
+    }  # fmt: skip
+    recipes = {name: Recipe(**{**RECALL.to_row(), "steps": 12, "rows": 4, **some}) for name, some in changes.items()}
+    for name in ("one", "other"):
+        Run(recipes[name], tmp_path / f"{name}-alone").train(log_every=4)
+    Run(recipes["done"], tmp_path / "done").train(log_every=4)
+    runs = (Run(recipe, tmp_path / name) for name, recipe in recipes.items())
+    found = {run.folder.name: error for run, error in train_side_by_side(runs, 2, Pace(500, 4))}
+    assert "loss must be finite" in str(found.pop("wild"))
+    assert found == {"one": None, "other": None, "done": None}
+
+    def said(name: str) -> list[dict[str, object]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows_of(tmp_path / name)]
+
+    for name in ("one", "other"):
+        assert said(name) == said(f"{name}-alone")
+    assert [row.get("step") for row in rows_of(tmp_path / "done")] == [None, 3]
+
+
+def test_metrics_are_read_where_a_row_or_a_state_is_due(tmp_path: Path) -> None:
+    """And nowhere else; rows and parameters do not depend on how often that is."""
+    recipe = Recipe(**{**RECALL.to_row(), "steps": 10, "rows": 4})
+    found = {}
+    for log_every, save_every in ((1, 500), (4, 6)):
+        run = Run(recipe, tmp_path / str(log_every))
+        stretches = []
+        while run.ended is None:
+            run.start(Pace(save_every, log_every))
+            before = run.step
+            run.finish(Pace(save_every, log_every))
+            stretches.append(run.step - before)
+        found[log_every] = stretches
+        if log_every == 4:
+            assert stretches == [4, 2, 2, 2]
+    rows = {row["step"]: row["loss"] for row in rows_of(tmp_path / "1")[1:]}
+    assert [(row["step"], row["loss"]) for row in rows_of(tmp_path / "4")[1:]] == [
+        (step, rows[step]) for step in (4, 8, 10)
+    ]
+
+
+def test_places_that_are_not_asked_change_neither_loss_nor_accuracy() -> None:
+    model = initialise(KimiLinear(preset("tiny-dense").replace(vocab_size=130), "torch"), 0)
+    drawn = SyntheticTask("stacks", 24, rows=4).batch(0, CPU)
+    asked = drawn.targets >= 0
+    assert 0 < int(asked.sum()) < asked.numel()
+    logits = model(drawn.tokens).detach()
+    # The model guesses right at about half of the places that are asked.
+    known = asked & (torch.arange(drawn.targets.shape[1]) % 2 == 0)
+    batch = replace(drawn, targets=torch.where(known, logits.argmax(-1), drawn.targets))
+    loss, accuracy = loss_and_accuracy(model, batch)
+    guesses, targets = logits[asked], batch.targets[asked]
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(guesses, targets).item(), rel=1e-6)
+    assert 0 < accuracy.item() == (guesses.argmax(-1) == targets).float().mean().item() < 1
+
+
+def test_a_graph_is_not_made_on_a_cpu_and_the_run_is_the_same(tmp_path: Path) -> None:
+    recipe = Recipe(**{**RECALL.to_row(), "steps": 6, "rows": 4})
+    for graph in (False, True):
+        run = Run(recipe, tmp_path / str(graph), graph=graph)
+        assert run.obstacle == "the model is on cpu"
+        run.train(log_every=1)
+        assert not run.recorded
+    losses = [[row.get("loss") for row in rows_of(tmp_path / str(graph))] for graph in (False, True)]
+    assert losses[0] == losses[1]
 
 
 def test_bytes_are_learned_with_muon_experts_and_recomputation(tmp_path: Path) -> None:
@@ -173,7 +245,7 @@ def test_clipping_is_of_all_gradients_together_and_gates_do_not_decay() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, 3.0)
-    assert optimise.step(0.1, 1.0) == pytest.approx(3 * model.lm_head.weight.numel() ** 0.5, rel=1e-5)
+    assert float(optimise.step(0.1, 1.0)) == pytest.approx(3 * model.lm_head.weight.numel() ** 0.5, rel=1e-5)
     for name, parameter in model.named_parameters():
         kept = name.endswith(("A_log", "dt_bias", "norm.weight"))
         assert torch.equal(parameter, before[name]) == kept, name

@@ -19,7 +19,7 @@ from kda_reports.timings import read_timings
 from kda_reports.training import ROWS, files_of, read_training
 from kda_reports.training_charts import WRONG, picture
 from kda_reports.training_page import render_training
-from kda_reports.training_panels import compare
+from kda_reports.training_panels import best_rates, compare
 from kda_reports.trends import trends
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def training(
         out.with_suffix(ending).write_text(text, encoding="utf-8")
     if image is not None:
         image.parent.mkdir(parents=True, exist_ok=True)
-        image.write_text(picture(compare(found), WRONG), encoding="utf-8")
+        image.write_text(picture(compare(best_rates(found)[0]), WRONG), encoding="utf-8")
 
 
 @app.command()

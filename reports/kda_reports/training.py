@@ -44,6 +44,8 @@ class TrainingRun:
     ----------
     data, length, mixer, seed
         The task or the name of the text, tokens of a sequence, what mixes tokens, seed of parameters and data.
+    learning_rate
+        Of the recipe, at its highest.
     steps
         How many the recipe asks for.
     recipe, torch, device, operator
@@ -58,6 +60,7 @@ class TrainingRun:
     length: int
     mixer: str
     seed: int
+    learning_rate: float
     steps: int
     recipe: Mapping[str, object]
     torch: str
@@ -145,7 +148,7 @@ def read_training(paths: Iterable[Path]) -> tuple[list[TrainingRun], list[Throug
     Returns
     -------
     tuple[list[TrainingRun], list[Throughput]]
-        Runs, by task, length, mixer and seed; throughputs in the order of their rows.
+        Runs, by task, length, mixer, learning rate and seed; throughputs in the order of their rows.
 
     Raises
     ------
@@ -167,7 +170,7 @@ def read_training(paths: Iterable[Path]) -> tuple[list[TrainingRun], list[Throug
     if not runs and not throughputs:
         message = f"rows must hold at least one run or throughput, got none; run `{COMMANDS}` to make one"
         raise RowError(message)
-    return sorted(runs, key=lambda run: (run.data, run.length, run.mixer, run.seed)), throughputs
+    return sorted(runs, key=lambda run: (run.data, run.length, run.mixer, run.learning_rate, run.seed)), throughputs
 
 
 def files_of(paths: Iterable[Path]) -> list[Path]:
@@ -211,6 +214,7 @@ def _run(opening: Fields, rows: Sequence[Fields]) -> TrainingRun:
         length=recipe.get("length", int),
         mixer=mixer,
         seed=recipe.get("seed", int),
+        learning_rate=recipe.number("learning_rate"),
         steps=recipe.get("steps", int),
         recipe=recipe.fields,
         torch=opening.get("torch", str),

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from kda_reports import charts
 from kda_reports.page import templates
 from kda_reports.training_charts import QUANTITIES, draw, draw_shares
-from kda_reports.training_panels import REACHED, compare, condensed
+from kda_reports.training_panels import REACHED, best_rates, compare, condensed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kda_reports.training_panels import Comparison, Panel
 
 ENDED = {"steps": "all steps", "accuracy": "accuracy reached", None: "stopped"}
-COLUMNS = ("data", "length", "mixer", "seed", "step", "loss", "accuracy", "gradient_norm", "seconds")
+COLUMNS = ("data", "length", "mixer", "learning_rate", "seed", "step", "loss", "accuracy", "gradient_norm", "seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Figure:
 def render_training(
     runs: Sequence[TrainingRun], throughputs: Sequence[Throughput], sources: Sequence[str], *, name: str, every: int
 ) -> dict[str, str]:
-    """Render the page of training runs.
+    """Render the page of training runs; where learning rates were tried, curves and the table are of the best one.
 
     Parameters
     ----------
@@ -55,7 +55,8 @@ def render_training(
         Texts by ending: ``.html``, ``.csv`` with every logged step, ``.jsonl`` with the condensed rows, from which the command
         makes the page again.
     """
-    comparison = compare(runs) if runs else None
+    chosen, tried = best_rates(runs)
+    comparison = compare(chosen) if runs else None
     page = templates().get_template("training.html")
     return {
         ".html": page.render(
@@ -63,6 +64,9 @@ def render_training(
             figures=_figures(comparison) if comparison else [],
             headline=_headline(comparison, throughputs),
             throughputs=[(throughput, _markup(draw_shares(throughput))) for throughput in throughputs],
+            tried=tried,
+            rates=sorted({rate for one in tried for rate in one.rates}),
+            num_runs=len(runs),
             stopped=[run for run in runs if run.ended is None],
             sources=sources,
             name=name,
@@ -107,7 +111,7 @@ def _csv(runs: Sequence[TrainingRun]) -> str:
     writer.writerow(COLUMNS)
     for run in runs:
         for point in run.points:
-            labels = (run.data, run.length, run.mixer, run.seed)
+            labels = (run.data, run.length, run.mixer, repr(run.learning_rate), run.seed)
             numbers = (point.loss, point.accuracy, point.gradient_norm, point.seconds)
             writer.writerow([*labels, point.step, *map(repr, numbers)])
     return text.getvalue()

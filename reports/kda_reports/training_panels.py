@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
 
 MIXERS = {"kda": "KDA", "gdn": "GDN", "decay": "decay only"}
 REACHED = (0.9, 0.99)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """One model's runs on one task that differ in learning rate or seed only, by learning rate, and the rate that is shown."""
+
+    data: str
+    length: int
+    name: str
+    rates: Mapping[float, Sequence[TrainingRun]]
+    chosen: float
+
+    @property
+    def accuracies(self) -> dict[float, float]:
+        """Return the mean of the last accuracies at each rate."""
+        return {rate: sum(run.final.accuracy for run in runs) / len(runs) for rate, runs in self.rates.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +71,42 @@ class Comparison:
         return [run for panel in self.panels for own, run in panel.entries if own == name]
 
 
+def best_rates(runs: Sequence[TrainingRun]) -> tuple[list[TrainingRun], list[Tried]]:
+    """Choose, among runs that differ in learning rate and seed only, the rate that did best.
+
+    As in the report, the rate is part of what is tried for each model and task, and the best is what is compared [KL section 5.1].
+    Best is the least mean share of wrong guesses, by the last accuracy of each seed; of equals, the rate that reached ``REACHED`` in fewer
+    steps. A rate that fewer seeds ran is not better for it: seeds that were not run count as nothing learned.
+
+    Returns
+    -------
+    tuple[list[TrainingRun], list[Tried]]
+        The runs at the chosen rates, in their order, and what they were chosen from: one entry where more than one rate was tried.
+    """
+    groups: dict[tuple[str, int, str, str], dict[float, list[TrainingRun]]] = {}
+    for run in runs:
+        key = (run.data, run.length, run.mixer, json.dumps(_settings(run), sort_keys=True))
+        groups.setdefault(key, {}).setdefault(run.learning_rate, []).append(run)
+    tried, kept = [], set[int]()
+    for (data, length, mixer, _), rates in sorted(groups.items()):
+        num_seeds = len({run.seed for some in rates.values() for run in some})
+        chosen = min(rates, key=lambda rate: _shortfall(rates[rate], num_seeds))
+        kept |= {id(run) for run in rates[chosen]}
+        if len(rates) > 1:
+            name = MIXERS.get(mixer, mixer)
+            tried.append(Tried(data=data, length=length, name=name, rates=dict(sorted(rates.items())), chosen=chosen))
+    return [run for run in runs if id(run) in kept], tried
+
+
+def _shortfall(runs: Sequence[TrainingRun], num_seeds: int) -> tuple[float, ...]:
+    """Return what the best rate has least of: wrong guesses in the end, then steps to each level, the highest first."""
+    wrong = sum(1 - run.final.accuracy for run in runs) + num_seeds - len(runs)
+    steps = [[point.step if (point := run.reached(level)) else math.inf for run in runs] for level in reversed(REACHED)]
+    return (wrong / num_seeds, *(sum(some) / len(some) for some in steps))
+
+
 def compare(runs: Sequence[TrainingRun]) -> Comparison:
-    """Put runs of one task and length side by side; a name is the mixer and whatever else differs among the runs."""
+    """Put runs of one task and length side by side; a name is the mixer and whatever differs among the runs beside learning rates."""
     settings = [_settings(run) for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
@@ -92,6 +143,7 @@ def condensed(runs: Sequence[TrainingRun], throughputs: Sequence[Throughput], ev
 
 
 def _settings(run: TrainingRun) -> dict[str, object]:
-    """Return what a run was made with, beside the labels that it is filed under."""
-    recipe = {key.replace("_", " "): value for key, value in run.recipe.items() if key not in LABELS}
+    """Return what a run was made with, beside the labels that it is filed under and its learning rate."""
+    filed = (*LABELS, "learning_rate")
+    recipe = {key.replace("_", " "): value for key, value in run.recipe.items() if key not in filed}
     return recipe | {"device": run.device, "torch": run.torch, "operator": run.operator}

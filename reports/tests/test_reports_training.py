@@ -15,7 +15,7 @@ from kda_reports.fields import RowError
 from kda_reports.training import read_training
 from kda_reports.training_charts import WRONG, picture
 from kda_reports.training_page import render_training
-from kda_reports.training_panels import compare, condensed
+from kda_reports.training_panels import best_rates, compare, condensed
 from synthetic_rows import lines
 from synthetic_training import SHARES, run_row, run_rows, sample, step_row, throughput_rows
 from typer.testing import CliRunner
@@ -66,16 +66,77 @@ def test_what_the_table_says_is_of_the_first_step_that_did_it(tmp_path: Path) ->
 
 def test_runs_share_a_panel_by_task_and_length_and_a_name_by_settings(tmp_path: Path) -> None:
     rows = [
-        *run_rows("gdn"), *run_rows("kda"), *run_rows("kda", seed=1), *run_rows("kda", learning_rate=3e-4),
+        *run_rows("gdn"), *run_rows("kda"), *run_rows("kda", seed=1), *run_rows("kda", warmup=7),
         *run_rows("kda", length=512),
     ]  # fmt: skip
     runs, _ = read_training([write(tmp_path, rows)])
     comparison = compare(runs)
     assert [(panel.length, len(panel.entries)) for panel in comparison.panels] == [(256, 4), (512, 1)]
-    assert comparison.names == ["KDA, learning rate 0.0003", "KDA, learning rate 0.001", "GDN, learning rate 0.001"]
-    assert "learning rate" not in comparison.shared
+    assert comparison.names == ["KDA, warmup 7", "KDA, warmup None", "GDN, warmup None"]
+    assert "warmup" not in comparison.shared
     assert comparison.shared["device"] == "A GPU"
-    assert len(comparison.runs_of("KDA, learning rate 0.001")) == 3
+    assert len(comparison.runs_of("KDA, warmup None")) == 3
+
+
+def a_run(learning_rate: float, *accuracies: float, **changes: Any) -> list[dict[str, Any]]:
+    """Return a run of some logged steps; changes are those of its recipe."""
+    mixer = changes.pop("mixer", "kda")
+    labels = {key: value for key, value in changes.items() if key in ("data", "length", "seed")}
+    steps = [step_row(10 * i, mixer, accuracy=a, **labels) for i, a in enumerate(accuracies, 1)]
+    return [run_row(mixer, learning_rate=learning_rate, **changes), *steps]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([*a_run(1e-3, 0.5, 0.8), *a_run(1e-4, 0.7, 0.9)], {"kda": 1e-4}),
+        # The last accuracy counts, not the best.
+        ([*a_run(1e-3, 0.99, 0.8), *a_run(1e-4, 0.7, 0.9)], {"kda": 1e-4}),
+        # Seeds are averaged, and one that was not run is no advantage.
+        ([*a_run(1e-3, 0.9), *a_run(1e-3, 0.7, seed=1), *a_run(1e-4, 0.85), *a_run(1e-4, 0.85, seed=1)], {"kda": 1e-4}),
+        ([*a_run(1e-3, 0.9), *a_run(1e-4, 0.8), *a_run(1e-4, 0.8, seed=1)], {"kda": 1e-4}),
+        # Of equals the quicker.
+        ([*a_run(1e-3, 0.99, 1.0), *a_run(1e-4, 0.95, 1.0)], {"kda": 1e-3}),
+        # Each mixer has its own.
+        (
+            [*a_run(1e-3, 0.8), *a_run(1e-4, 0.9), *a_run(1e-3, 0.9, mixer="gdn"), *a_run(1e-4, 0.8, mixer="gdn")],
+            {"kda": 1e-4, "gdn": 1e-3},
+        ),
+    ],
+    ids=["better", "last", "mean", "seeds", "quicker", "mixers"],
+)
+def test_the_best_learning_rate_of_each_mixer_is_shown(
+    tmp_path: Path, rows: list[dict[str, Any]], expected: dict[str, float]
+) -> None:
+    runs, _ = read_training([write(tmp_path, rows)])
+    chosen, tried = best_rates(runs)
+    assert {run.mixer: run.learning_rate for run in chosen} == expected
+    assert sorted(one.chosen for one in tried) == sorted(expected.values())
+
+
+def test_rates_are_compared_where_nothing_else_differs(tmp_path: Path) -> None:
+    rows = [
+        *a_run(1e-3, 0.5),
+        *a_run(1e-4, 0.6, warmup=7),
+        *a_run(1e-4, 0.7, length=512),
+        *a_run(1e-4, 0.8, data="stacks"),
+    ]
+    runs, _ = read_training([write(tmp_path, rows)])
+    assert best_rates(runs) == (runs, [])
+
+
+def test_a_page_of_several_learning_rates_says_which_is_shown_and_keeps_all_runs(tmp_path: Path) -> None:
+    rows = [*run_rows("kda"), *run_rows("gdn"), *a_run(1e-4, 0.25, 0.75)]
+    files = render(tmp_path, rows)
+    page = files[".html"]
+    assert "<h2>Runs at the best learning rate</h2>" in page
+    assert "Of 3 runs those" in page
+    assert "KDA 1 of 1; GDN 1 of 1" in page
+    assert '0.7500 <span class="quiet">(1)</span>' in page
+    assert page.count('href="#rates"') == 2
+    assert {row["learning_rate"] for row in csv.DictReader(io.StringIO(files[".csv"]))} == {"0.001", "0.0001"}
+    assert files[".jsonl"].count('"kind": "run"') == 3
+    assert "#rates" not in render(tmp_path, rows[:82])[".html"]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +283,7 @@ def test_a_call_that_cannot_be_served_writes_nothing(
 
 def test_the_picture_in_the_documents_is_that_of_the_rows_beside_it() -> None:
     runs, _ = read_training([MEASURED])
-    drawn = picture(compare(runs), WRONG)
+    drawn = picture(compare(best_rates(runs)[0]), WRONG)
     assert (MEASURED.parent / "images" / "training.svg").read_text(encoding="utf-8") == drawn
 
 

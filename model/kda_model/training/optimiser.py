@@ -16,7 +16,7 @@ from kda_reference.errors import DomainError
 from kda_model.model import stays_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -68,14 +68,17 @@ class Unit:
             {"params": self._kinds[kind], "weight_decay": rate} for kind, rate in rates.items() if self._kinds[kind]
         ]
         if groups:
-            self.optimisers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+            # On a GPU in one launch, which reads the rate and counts the steps there, so that a graph can repeat it.
+            on_device = all(master.leaf.is_cuda for master in self.masters)
+            adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=on_device or None, capturable=on_device)
+            self.optimisers.append(adamw)
         if self._kinds["matrix"]:
             muon = torch.optim.Muon(
                 self._kinds["matrix"], weight_decay=self._weight_decay, adjust_lr_fn="match_rms_adamw"
             )
             self.optimisers.append(muon)
 
-    def step(self, learning_rate: float, factor: Tensor) -> None:
+    def step(self, learning_rate: float | Tensor, factor: Tensor) -> None:
         """Step on the gradients times a factor, and drop them."""
         for master in self.masters:
             master.take_gradient(factor)
@@ -117,8 +120,25 @@ class Optimiser:
         for unit in self.units:
             unit.finish()
 
+    @property
+    def reads_nothing(self) -> bool:
+        """Return whether a step is the device's work alone: AdamW on a GPU, where Muon has its rate read by the host."""
+        optimisers = [optimiser for unit in self.units for optimiser in unit.optimisers]
+        return all(optimiser.defaults.get("capturable", False) for optimiser in optimisers)
+
+    def rates(self, values: Sequence[float]) -> Sequence[float | Tensor]:
+        """Return learning rates as steps take them: on the device where its steps read nothing on the host."""
+        if not self.reads_nothing:
+            return values
+        return (
+            torch.tensor(values, dtype=torch.float32)
+            .pin_memory()
+            .to(self._parameters[0].device, non_blocking=True)
+            .unbind()
+        )
+
     @torch.no_grad()
-    def step(self, learning_rate: float, max_norm: float) -> float:
+    def step(self, learning_rate: float | Tensor, max_norm: float) -> Tensor:
         """Make one step on the parameters' gradients, clipped together, and drop them; return their norm before."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -127,7 +147,7 @@ class Optimiser:
             unit.step(learning_rate, factor)
         for parameter in self._parameters:
             parameter.grad = None
-        return float(norm)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a step depends on besides the parameters."""

@@ -2,30 +2,34 @@
 
 The folder of a run holds ``rows.jsonl``, ``state.pt`` and, at the end, the model as a checkpoint in released names. A state is written
 beside the old one and then takes its place, so that a kill at any moment leaves one that is whole; rows behind it are dropped.
+
+Steps are started a stretch at a time, up to the next row or state, and only then waited for.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from kda_reference.errors import DomainError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.nn.functional import cross_entropy, linear
 
 from kda_model import checkpoint
 from kda_model.model import KimiLinear, initialise
-from kda_model.norms import at_least_float32
 from kda_model.operators import find_operator
 from kda_model.training.optimiser import Optimiser
 from kda_model.training.recipe import PRECISIONS
+from kda_model.training.step import StepGraph, TrainingStep
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
 
     from kda_model.training.batches import Batch
@@ -33,6 +37,14 @@ if TYPE_CHECKING:
 
 ROWS, STATE = "rows.jsonl", "state.pt"
 SMOOTHED = 20
+STEPS_BEFORE_GRAPH = 3
+
+
+class Pace(NamedTuple):
+    """How often a run writes its state and a row; what has to be waited for, and where it may end early."""
+
+    save_every: int = 500
+    log_every: int = 10
 
 
 class Run:
@@ -45,7 +57,9 @@ class Run:
     folder
         Where rows, state and model go.
     device
-        ``cpu`` or a CUDA device.
+        ``cpu`` or a CUDA device, on which the run has a stream of its own.
+    graph
+        Whether steps are replayed from a CUDA graph where ``obstacle`` is ``None``; the first few of a process never are.
 
     Raises
     ------
@@ -53,22 +67,30 @@ class Run:
         If the folder holds a run of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path | str, device: torch.device | str = "cpu", *, graph: bool = False
+    ) -> None:
         self.recipe, self.folder, self.device = recipe, Path(folder), torch.device(device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.source = recipe.source()
-        with self.device:
-            model = KimiLinear(recipe.config(), find_operator(recipe.operator, self.device))
-        # Drawn in float32, whatever follows, so that precisions start alike.
-        self.model = initialise(model, recipe.seed).cast(PRECISIONS[recipe.precision]).train()
-        self.model.recompute = recipe.recompute
-        self.optimiser = Optimiser(self.model, recipe.optimiser, recipe.weight_decay)
-        self.step, self.seconds = 0, 0.0
-        self._accuracies: deque[float] = deque(maxlen=SMOOTHED)
-        if (self.folder / STATE).exists():
-            self._resume()
-        else:
-            (self.folder / ROWS).write_text(json.dumps(self._first_row()) + "\n", encoding="utf-8")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with self._on_stream():
+            with self.device:
+                model = KimiLinear(recipe.config(), find_operator(recipe.operator, self.device))
+            # Drawn in float32, whatever follows, so that precisions start alike.
+            self.model = initialise(model, recipe.seed).cast(PRECISIONS[recipe.precision]).train()
+            self.model.recompute = recipe.recompute
+            self.optimiser = Optimiser(self.model, recipe.optimiser, recipe.weight_decay)
+            self._one_step = TrainingStep(self.model, self.optimiser, recipe.max_norm, recipe.balance_rate)
+            self._wants_graph, self._made = graph, 0
+            self._graph: StepGraph | None = None
+            self.step, self.seconds = 0, 0.0
+            self._started: list[Tensor] = []
+            self._accuracies: deque[float] = deque(maxlen=SMOOTHED)
+            if (self.folder / STATE).exists():
+                self._resume()
+            else:
+                (self.folder / ROWS).write_text(json.dumps(self._first_row()) + "\n", encoding="utf-8")
 
     def train(
         self, *, save_every: int = 500, log_every: int = 10, progress: bool = False, until: int | None = None
@@ -80,30 +102,71 @@ class Run:
         DomainError
             If the loss is no longer finite; the last state is kept.
         """
-        last = self.recipe.steps if until is None else min(until, self.recipe.steps)
+        pace, last = Pace(save_every, log_every), self.recipe.steps if until is None else min(until, self.recipe.steps)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bar = Progress(*columns) if progress else None
         with bar or nullcontext():
             task = bar.add_task(self.recipe.data, total=last, completed=self.step) if bar else None
             while self.step < last and not self.converged:
-                row = self._one_step()
-                if self.step % log_every == 0 or self.step == last or self.converged:
-                    self._append(row if self.ended is None else {**row, "ended": self.ended})
-                if self.step % save_every == 0:
-                    self.save()
+                self.start(pace, last)
+                row = self.finish(pace, last)
                 if bar is not None and task is not None:
                     name = f"{self.recipe.data} loss {row['loss']:.3f} accuracy {row['accuracy']:.3f}"
                     bar.update(task, completed=self.step, description=name)
-        if self.ended is not None:
-            self.save()
-            checkpoint.save(self.model, self.folder)
+        return self.accuracy
+
+    def start(self, pace: Pace, last: int | None = None) -> None:
+        """Start the steps up to the next row or state, and wait for none of them."""
+        self._began = time.perf_counter()
+        end = min(every * (self.step // every + 1) for every in pace)
+        steps = range(self.step, min(end, self.recipe.steps if last is None else last))
+        with self._on_stream():
+            for step, rate in zip(steps, self.optimiser.rates([self.recipe.rate(step) for step in steps]), strict=True):
+                batch = self.source.batch(step, self.device)
+                self._tokens = batch.tokens.numel()
+                self._started.append(self._take(batch, rate))
+
+    def finish(self, pace: Pace, last: int | None = None) -> dict[str, Any]:
+        """Wait for the steps that were started, write what is due, and return the row of the last of them.
+
+        Raises
+        ------
+        DomainError
+            If a loss is not finite; the last state is kept.
+        """
+        with self._on_stream():
+            found = torch.stack(self._started).tolist()
+            self._started.clear()
+            self.seconds += time.perf_counter() - self._began
+            for loss, accuracy, _ in found:
+                if not math.isfinite(loss):
+                    message = f"loss must be finite, got {loss} at step={self.step}; lower the learning rate and take up the last state"
+                    raise DomainError(message)
+                self.step += 1
+                self._accuracies.append(accuracy)
+            loss, accuracy, norm = found[-1]
+            row = {
+                "kind": "train", "step": self.step, "loss": loss, "accuracy": accuracy, "gradient_norm": norm,
+                "tokens": self._tokens, "seconds": self.seconds, **self._labels(),
+            }  # fmt: skip
+            if self.step % pace.log_every == 0 or self.step == last or self.ended is not None:
+                self._append(row if self.ended is None else {**row, "ended": self.ended})
+            if self.step % pace.save_every == 0 or self.ended is not None:
+                self.save()
+            if self.ended is not None:
+                checkpoint.save(self.model, self.folder)
+        return row
+
+    @property
+    def accuracy(self) -> float:
+        """Return the mean accuracy of the last steps."""
         return sum(self._accuracies) / max(1, len(self._accuracies))
 
     @property
     def converged(self) -> bool:
-        """Return whether the accuracy asked for has been reached."""
+        """Return whether the accuracy asked for has been reached, as far as steps were waited for."""
         full = len(self._accuracies) == SMOOTHED
-        return self.recipe.stop_at is not None and full and sum(self._accuracies) / SMOOTHED >= self.recipe.stop_at
+        return self.recipe.stop_at is not None and full and self.accuracy >= self.recipe.stop_at
 
     @property
     def ended(self) -> str | None:
@@ -112,24 +175,29 @@ class Run:
             return "accuracy"
         return "steps" if self.step == self.recipe.steps else None
 
-    def _one_step(self) -> dict[str, Any]:
-        start = time.perf_counter()
-        batch = self.source.batch(self.step, self.device)
-        loss, accuracy = loss_and_accuracy(self.model, batch)
-        loss.backward()
-        norm = self.optimiser.step(self.recipe.rate(self.step), self.recipe.max_norm)
-        self.model.balance_routers(self.recipe.balance_rate)
-        value, share = loss.item(), accuracy.item()
-        if not torch.isfinite(loss):
-            message = f"loss must be finite, got {value} at step={self.step}; lower the learning rate and take up the last state"
-            raise DomainError(message)
-        self.step += 1
-        self.seconds += time.perf_counter() - start
-        self._accuracies.append(share)
-        return {
-            "kind": "train", "step": self.step, "loss": value, "accuracy": share, "gradient_norm": norm,
-            "tokens": batch.tokens.numel(), "seconds": self.seconds, **self._labels(),
-        }  # fmt: skip
+    @property
+    def obstacle(self) -> str | None:
+        """Return why this run's steps cannot be replayed from a CUDA graph, or ``None``."""
+        return self._one_step.obstacle(self.source.batch(0, self.device))
+
+    @property
+    def recorded(self) -> bool:
+        """Return whether steps are replayed from a graph by now."""
+        return self._graph is not None
+
+    def _take(self, batch: Batch, rate: float | Tensor) -> Tensor:
+        """Start a step, from the graph once there is one."""
+        if self._wants_graph and self._graph is None and self._made == STEPS_BEFORE_GRAPH:
+            self._wants_graph = self._one_step.obstacle(batch) is None
+            if self._wants_graph and isinstance(rate, torch.Tensor):
+                self._graph = StepGraph(self._one_step, batch, rate)
+        self._made += 1
+        if self._graph is not None and isinstance(rate, torch.Tensor):
+            return self._graph(batch, rate)
+        return self._one_step(batch, rate)
+
+    def _on_stream(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _labels(self) -> dict[str, Any]:
         return {
@@ -181,11 +249,3 @@ class Run:
         ]
         kept = [row for row in rows if row.get("step", 0) <= self.step]
         (self.folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-
-def loss_and_accuracy(model: KimiLinear, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the mean negative log likelihood (nats) and the share of right guesses at the places that are asked."""
-    asked = batch.targets >= 0
-    logits = at_least_float32(linear(model.hidden(batch.tokens, batch.packing)[asked], model.head))
-    targets = batch.targets[asked]
-    return cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()

@@ -10,6 +10,7 @@ Only what is determined is asked for: the reversed half, the values, the popped 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 NUM_SYMBOLS = 64
 NUM_STACKS = 64
+RECENT = 64  # steps that are kept, for other runs on the same sequences
 SHARE_OF_PAIRS = 4  # a quarter of a recall sequence defines pairs; keys are asked for more than once
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -124,12 +126,19 @@ class SyntheticTask:
 
     def batch(self, step: int, device: torch.device) -> Batch:
         """Return the sequences of a step."""
-        tokens, targets = TASKS[self.name](np.random.default_rng((self.seed, step)), self.rows, self.length)
+        tokens, targets = _draw(self.name, self.rows, self.length, self.seed, step)
         return Batch(_tensor(tokens, device), _tensor(targets, device))
 
 
+@lru_cache(maxsize=RECENT)
+def _draw(name: str, rows: int, length: int, seed: int, step: int) -> tuple[Array, Array]:
+    return TASKS[name](np.random.default_rng((seed, step)), rows, length)
+
+
 def _tensor(x: Array, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+    found = torch.from_numpy(np.ascontiguousarray(x))
+    # From pinned memory, or the copy would wait for the steps before.
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.clone()
 
 
 SHORTEST = 8
