@@ -16,6 +16,7 @@ import triton.language as tl
 
 from kda_optimized.activations import sigmoid
 from kda_optimized.chunks import locate_chunk
+from kda_optimized.slot_rows import locate_row, starting_slot, store_slot
 
 
 @triton.jit
@@ -178,13 +179,6 @@ def kda_convolution_bwd_tail_kernel(
 
 
 @triton.jit
-def store_tail(tails, i_u, num_slots, b_u, o_sd, m_sd, stride_us):
-    """Write a tail to its slot, if there is such a slot."""
-    if (i_u >= 0) & (i_u < num_slots):
-        tl.store(tails + i_u * stride_us + o_sd, b_u.to(tails.dtype.element_ty), mask=m_sd)
-
-
-@triton.jit
 def kda_convolution_step_kernel(
     x, weight, tails, y, cu_seqlens, tail_indices, source_indices, num_accepted_tokens, has_initial,
     stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_us, stride_ut, stride_ud,
@@ -200,24 +194,17 @@ def kda_convolution_step_kernel(
     o_s = tl.arange(0, BS)
     m_sd = (o_s < W - 1)[:, None] & m_d[None, :]
     b_none = tl.zeros((BD,), dtype=tl.float32).to(y.dtype.element_ty)
-    if PACKED:
-        i_b = tl.zeros((), dtype=tl.int64)
-        t_0 = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n).to(tl.int64), 0), T)
-        n_t = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n + 1).to(tl.int64), t_0), T) - t_0
+    i_b, t_0, n_t = locate_row(cu_seqlens, i_n, T, PACKED)
+    if PACKED:  # noqa: SIM102 - decided when the kernel is compiled
+        # A bucket may be longer than its rows.
         if i_n == N - 1:
             for t in range(t_0 + n_t, T):
                 tl.store(y + t * D + o_d, b_none, mask=m_d)
-    else:
-        i_b, t_0, n_t = i_n, tl.zeros((), dtype=tl.int64), T
     p_y = y + (i_b * T + t_0) * D + o_d
-    i_a = tl.zeros((), dtype=tl.int64)
-    if HAS_ACCEPTED:
-        i_a = tl.load(num_accepted_tokens + i_n * stride_an).to(tl.int64) - 1
-    m_a = (i_a >= 0) & (i_a < M)
-    if HAS_SOURCE:
-        i_u = tl.load(source_indices + i_n * stride_on).to(tl.int64)
-    else:
-        i_u = tl.load(tail_indices + i_n * stride_in + i_a * stride_iw, mask=m_a, other=-1).to(tl.int64)
+    i_u = starting_slot(
+        tail_indices, source_indices, num_accepted_tokens, i_n, stride_in, stride_iw, stride_on, stride_an,
+        M, HAS_SOURCE, HAS_ACCEPTED,
+    )  # fmt: skip
     if (i_u < 0) | (i_u >= num_slots):
         for _ in range(n_t):
             tl.store(p_y, b_none, mask=m_d)
@@ -244,8 +231,8 @@ def kda_convolution_step_kernel(
         b_u = tl.where((o_s == W - 2)[:, None], b_x[None, :], b_moved)
         if M > 1:  # noqa: SIM102 - decided when the kernel is compiled
             if n_t <= M:
-                store_tail(tails, tl.load(p_i + t * stride_iw).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
+                store_slot(tails, tl.load(p_i + t * stride_iw).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
         p_x += stride_xt
         p_y += D
     if (M == 1) | (n_t == 0) | (n_t > M):
-        store_tail(tails, tl.load(p_i).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
+        store_slot(tails, tl.load(p_i).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
