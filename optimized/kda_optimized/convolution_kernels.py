@@ -8,7 +8,10 @@ Backward, with ``da = dy act'(a)``, which is made again from the inputs wherever
     dx_p = sum_j w_j da_{p + W - 1 - j}            dw_j = sum_p da_p x_{p - W + 1 + j}
 
 The last W - 1 inputs are the final tail, whose cotangent is added to those of the inputs it holds. Positions below zero are inputs of
-the tail, so its gradient is the same formula. Tiles are tokens by channels, and channels lie side by side in memory.
+the tail, so its gradient is the same formula.
+
+A program walks along the tokens of a chunk with a lane's channels side by side, so that a token is loaded, converted and, backward, its
+activation made once: what the next W - 1 tokens need of it stays in registers. ``AHEAD`` rows are under way while as many are worked on.
 """
 
 import triton
@@ -17,6 +20,25 @@ import triton.language as tl
 from kda_optimized.activations import sigmoid
 from kda_optimized.chunks import locate_chunk
 from kda_optimized.slot_rows import locate_row, starting_slot, store_slot
+
+AHEAD = tl.constexpr(4)
+
+
+@triton.jit
+def known_row(p_x, p_tail, p, n_t, m_d, stride_xt, stride_us, S: tl.constexpr, HAS_TAIL: tl.constexpr):
+    """Return ``[BD]``, as it lies in memory: the input at a position of one sequence, of the tail before its beginning, zero elsewhere."""
+    b_x = tl.load(p_x + p * stride_xt, mask=m_d & (p >= 0) & (p < n_t), other=0.0)
+    if HAS_TAIL:  # noqa: SIM102 - decided when the kernel is compiled
+        if p < 0:
+            b_x = tl.load(p_tail + (p + S) * stride_us, mask=m_d & (p >= -S), other=0.0)
+    return b_x
+
+
+@triton.jit
+def silu_slope(b_a):
+    """Return the derivative of ``a sigmoid(a)``."""
+    b_s = sigmoid(b_a)
+    return b_s * (1.0 + b_a * (1.0 - b_s))
 
 
 @triton.jit
@@ -78,18 +100,36 @@ def kda_convolution_fwd_kernel(
     i_b, t_0, t_g, n_rest = locate_chunk(i_c, chunk_table, T)
     i_n = tl.load(chunk_table + 5 * i_c + 3)
     t_s = tl.load(chunk_table + 5 * i_c + 4) * BT
-    o_p = t_s + tl.arange(0, BT)
     n_t = t_s + n_rest
-    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d[None, :] * stride_xd
-    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
-    b_y = tl.zeros((BT, BD), dtype=tl.float32)
+    end = tl.minimum(t_s + BT, n_t)
+    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d * stride_xd
+    p_tail = tail + i_n * stride_un + o_d * stride_ud
+    p_y = y + (t_g - t_s) * D + o_d
+    rows = ()
+    for i in tl.static_range(AHEAD):
+        rows = rows + (tl.load(p_x + (t_s + i) * stride_xt, mask=m_d & (t_s + i < end), other=0.0),)
+    weights = ()
     for j in tl.static_range(W):
-        b_w = tl.load(weight + o_d * stride_wd + j * stride_ww, mask=m_d, other=0.0).to(tl.float32)
-        b_y += b_w[None, :] * known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
-    if SILU:
-        b_y = b_y * sigmoid(b_y)
-    p_y = y + (t_g + tl.arange(0, BT))[:, None] * D + o_d[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_p < n_t)[:, None] & m_d[None, :])
+        weights = weights + (tl.load(weight + o_d * stride_wd + j * stride_ww, mask=m_d, other=0.0).to(tl.float32),)
+    past = ()
+    for j in tl.static_range(W - 1):
+        b_x = known_row(p_x, p_tail, t_s + j - (W - 1), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+        past = past + (b_x.to(tl.float32),)
+    for t in range(t_s, end, AHEAD):
+        ahead = ()
+        for i in tl.static_range(AHEAD):
+            p = t + AHEAD + i
+            ahead = ahead + (tl.load(p_x + p * stride_xt, mask=m_d & (p < end), other=0.0),)
+        for i in tl.static_range(AHEAD):
+            past = past + (rows[i].to(tl.float32),)
+            b_y = weights[0] * past[0]
+            for j in tl.static_range(1, W):
+                b_y += weights[j] * past[j]
+            past = past[1:]
+            if SILU:
+                b_y = b_y * sigmoid(b_y)
+            tl.store(p_y + (t + i) * D, b_y.to(y.dtype.element_ty), mask=m_d & (t + i < end))
+        rows = ahead
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -129,23 +169,62 @@ def kda_convolution_bwd_kernel(
     i_b, t_0, t_g, n_rest = locate_chunk(i_c, chunk_table, T)
     i_n = tl.load(chunk_table + 5 * i_c + 3)
     t_s = tl.load(chunk_table + 5 * i_c + 4) * BT
-    o_p = t_s + tl.arange(0, BT)
     n_t = t_s + n_rest
-    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d[None, :] * stride_xd
-    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
-    p_dy = dy + i_b * stride_yb + (t_0 - t_s) * stride_yt + o_d[None, :] * stride_yd
-    p_w = weight + o_d * stride_wd
-    p_final = dfinal + i_n * stride_fn + o_d[None, :] * stride_fd
-    b_dx = input_gradient(
-        p_x, p_tail, p_dy, p_w, p_final, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, stride_fs,
-        W, HAS_TAIL, HAS_FINAL, SILU,
-    )  # fmt: skip
-    p_dx = dx + (t_g + tl.arange(0, BT))[:, None] * D + o_d[None, :]
-    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_p < n_t)[:, None] & m_d[None, :])
-    b_da = pulled(p_x, p_tail, p_dy, p_w, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, W, HAS_TAIL, SILU)
+    end = tl.minimum(t_s + BT, n_t)
+    # An input is pulled back once the W - 1 outputs behind it are.
+    last = end + (W - 1)
+    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d * stride_xd
+    p_tail = tail + i_n * stride_un + o_d * stride_ud
+    p_dy = dy + i_b * stride_yb + (t_0 - t_s) * stride_yt + o_d * stride_yd
+    p_final = dfinal + i_n * stride_fn + o_d * stride_fd
+    p_dx = dx + (t_g - t_s) * D + o_d
+    rows, cotangents = (), ()
+    for i in tl.static_range(AHEAD):
+        m_t = m_d & (t_s + i < tl.minimum(last, n_t))
+        rows = rows + (tl.load(p_x + (t_s + i) * stride_xt, mask=m_t, other=0.0),)
+        cotangents = cotangents + (tl.load(p_dy + (t_s + i) * stride_yt, mask=m_t, other=0.0),)
+    weights, sums, past, pulled_rows = (), (), (), ()
     for j in tl.static_range(W):
-        b_x = known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
-        tl.store(dweight + (i_c * W + j) * D + o_d, tl.sum(b_da * b_x, axis=0), mask=m_d)
+        weights = weights + (tl.load(weight + o_d * stride_wd + j * stride_ww, mask=m_d, other=0.0).to(tl.float32),)
+        sums = sums + (tl.zeros((BD,), dtype=tl.float32),)
+    for j in tl.static_range(W - 1):
+        b_x = known_row(p_x, p_tail, t_s + j - (W - 1), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+        past = past + (b_x.to(tl.float32),)
+        pulled_rows = pulled_rows + (tl.zeros((BD,), dtype=tl.float32),)
+    for t in range(t_s, last, AHEAD):
+        ahead, cotangents_ahead = (), ()
+        for i in tl.static_range(AHEAD):
+            p = t + AHEAD + i
+            m_t = m_d & (p < tl.minimum(last, n_t))
+            ahead = ahead + (tl.load(p_x + p * stride_xt, mask=m_t, other=0.0),)
+            cotangents_ahead = cotangents_ahead + (tl.load(p_dy + p * stride_yt, mask=m_t, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            past = past + (rows[i].to(tl.float32),)
+            b_da = cotangents[i].to(tl.float32)
+            if SILU:
+                b_a = weights[0] * past[0]
+                for j in tl.static_range(1, W):
+                    b_a += weights[j] * past[j]
+                b_da = b_da * silu_slope(b_a)
+            b_own = tl.where(t + i < end, b_da, 0.0)
+            added = ()
+            for j in tl.static_range(W):
+                added = added + (sums[j] + b_own * past[j],)
+            sums = added
+            past = past[1:]
+            pulled_rows = pulled_rows + (b_da,)
+            b_dx = weights[W - 1] * pulled_rows[0]
+            for j in tl.static_range(1, W):
+                b_dx += weights[W - 1 - j] * pulled_rows[j]
+            pulled_rows = pulled_rows[1:]
+            p = t + i - (W - 1)
+            if HAS_FINAL:  # noqa: SIM102 - decided when the kernel is compiled
+                if (p >= n_t - (W - 1)) & (p < end):
+                    b_dx += tl.load(p_final + (p - n_t + (W - 1)) * stride_fs, mask=m_d, other=0.0).to(tl.float32)
+            tl.store(p_dx + p * D, b_dx.to(dx.dtype.element_ty), mask=m_d & (p >= t_s) & (p < end))
+        rows, cotangents = ahead, cotangents_ahead
+    for j in tl.static_range(W):
+        tl.store(dweight + (i_c * W + j) * D + o_d, sums[j], mask=m_d)
 
 
 @triton.jit(do_not_specialize=["T"])
