@@ -50,7 +50,9 @@ def kda_decode_step_kernel(
         # A bucket may be longer than its rows.
         if i_n == N - 1:
             for t in range(t_0 + n_t, T):
-                tl.store(o + (t * G + i_g) * V + o_v, tl.zeros((BV,), dtype=tl.float32).to(o.dtype.element_ty), mask=m_v)
+                tl.store(
+                    o + (t * G + i_g) * V + o_v, tl.zeros((BV,), dtype=tl.float32).to(o.dtype.element_ty), mask=m_v
+                )
 
     p_q = q + i_b * stride_qb + t_0 * stride_qt + i_h * stride_qh + o_k * stride_qk
     p_k = k + i_b * stride_kb + t_0 * stride_kt + i_h * stride_kh + o_k * stride_kk
@@ -108,7 +110,7 @@ def kda_decode_step_kernel(
         b_v = b_vn
         b_q, b_k, b_d, b_b = activated(
             b_qn, b_kn, b_gn, b_bn, b_bias, b_A, b_slope, lower_bound, USE_L2NORM, USE_GATE, BOUNDED, USE_SIGMOID, CEILING
-        )
+        )  # fmt: skip
 
     if (W == 1) | (n_t == 0) | (n_t > W):
         store_slot(final_state, i_last, num_slots, b_S, o_kv, m_kv, stride_fs)

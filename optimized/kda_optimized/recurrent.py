@@ -72,7 +72,7 @@ def kda_recurrent_fwd_kernel(
         b_v = b_vn
         b_q, b_k, b_d, b_b = activated(
             b_qn, b_kn, b_gn, b_bn, b_bias, b_A, b_slope, lower_bound, USE_L2NORM, USE_GATE, BOUNDED, USE_SIGMOID, CEILING
-        )
+        )  # fmt: skip
 
     if HAS_FINAL:
         p_s = final_state + i_n * stride_fn + i_g * stride_fg + o_k[:, None] * stride_fk + o_v[None, :] * stride_fv
