@@ -38,6 +38,19 @@ def sigmoid(b_x):
 
 
 @triton.jit
+def silu(b_x):
+    """Return ``x sigmoid(x)`` with full relative accuracy on both sides: an exponential that overflows stands for a result of zero."""
+    return b_x / (1.0 + exp(-b_x))
+
+
+@triton.jit
+def silu_slope(b_x):
+    """Return the derivative of ``x sigmoid(x)``."""
+    b_s = 1.0 / (1.0 + exp(-b_x))
+    return b_s * (1.0 + b_x * (1.0 - b_s))
+
+
+@triton.jit
 def sigmoid_and_slope(b_x):
     """Return ``s = sigmoid(x)`` and ``s (1 - s)``, both with full relative accuracy on both sides."""
     b_e = exp(-tl.abs(b_x))

@@ -17,7 +17,7 @@ activation made once: what the next W - 1 tokens need of it stays in registers. 
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import sigmoid
+from kda_optimized.activations import silu, silu_slope
 from kda_optimized.chunks import locate_chunk
 from kda_optimized.slot_rows import locate_row, starting_slot, store_slot
 
@@ -32,13 +32,6 @@ def known_row(p_x, p_tail, p, n_t, m_d, stride_xt, stride_us, S: tl.constexpr, H
         if p < 0:
             b_x = tl.load(p_tail + (p + S) * stride_us, mask=m_d & (p >= -S), other=0.0)
     return b_x
-
-
-@triton.jit
-def silu_slope(b_a):
-    """Return the derivative of ``a sigmoid(a)``."""
-    b_s = sigmoid(b_a)
-    return b_s * (1.0 + b_a * (1.0 - b_s))
 
 
 @triton.jit
@@ -65,8 +58,7 @@ def pulled(p_x, p_tail, p_dy, p_w, o_p, n_t, m_d, stride_xt, stride_us, stride_y
         for j in tl.static_range(W):
             b_w = tl.load(p_w + j * stride_ww, mask=m_d, other=0.0).to(tl.float32)
             b_a += b_w[None, :] * known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
-        b_s = sigmoid(b_a)
-        b_da = b_da * b_s * (1.0 + b_a * (1.0 - b_s))
+        b_da = b_da * silu_slope(b_a)
     return b_da
 
 
@@ -127,7 +119,7 @@ def kda_convolution_fwd_kernel(
                 b_y += weights[j] * past[j]
             past = past[1:]
             if SILU:
-                b_y = b_y * sigmoid(b_y)
+                b_y = silu(b_y)
             tl.store(p_y + (t + i) * D, b_y.to(y.dtype.element_ty), mask=m_d & (t + i < end))
         rows = ahead
 
@@ -304,7 +296,7 @@ def kda_convolution_step_kernel(
         b_x = tl.load(p_x, mask=m_d, other=0.0).to(tl.float32)
         b_y = tl.sum(b_w * b_u, axis=0) + b_now * b_x
         if SILU:
-            b_y = b_y * sigmoid(b_y)
+            b_y = silu(b_y)
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_d)
         b_moved = tl.sum(tl.where(m_next, b_u[None, :, :], 0.0), axis=1)
         b_u = tl.where((o_s == W - 2)[:, None], b_x[None, :], b_moved)
