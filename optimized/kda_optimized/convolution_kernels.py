@@ -27,7 +27,8 @@ AHEAD = tl.constexpr(4)
 @triton.jit
 def load_taps(weight, o_d, m_d, stride_wd, stride_ww, W: tl.constexpr, BW: tl.constexpr):
     """Return the W taps of BD channels, oldest first, each ``[BD]`` in float32; a channel's taps are loaded together,
-    which takes strides that are known when the kernel is compiled."""
+    which takes strides that are known when the kernel is compiled.
+    """
     o_w = tl.arange(0, BW)
     p_w = weight + o_d[:, None] * stride_wd + o_w[None, :] * stride_ww
     b_w = tl.load(p_w, mask=m_d[:, None] & (o_w < W)[None, :], other=0.0).to(tl.float32)
@@ -197,7 +198,7 @@ def kda_convolution_bwd_kernel(
         cotangents = cotangents + (tl.load(p_dy + (t_s + i) * stride_yt, mask=m_t, other=0.0),)
     taps = load_taps(weight, o_d, m_d, stride_wd, stride_ww, W, BW)
     sums, past, pulled_rows = (), (), ()
-    for j in tl.static_range(W):
+    for _ in tl.static_range(W):
         sums = sums + (tl.zeros((BD,), dtype=tl.float32),)
     for j in tl.static_range(W - 1):
         b_x = known_row(p_x, p_tail, t_s + j - (W - 1), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
