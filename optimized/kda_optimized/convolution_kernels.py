@@ -26,8 +26,9 @@ AHEAD = tl.constexpr(4)
 
 @triton.jit
 def load_taps(weight, o_d, m_d, stride_wd, stride_ww, W: tl.constexpr, BW: tl.constexpr):
-    """Return the W taps of BD channels, oldest first, each ``[BD]`` in float32; a channel's taps are loaded together,
-    which takes strides that are known when the kernel is compiled.
+    """Return the W taps of BD channels, oldest first, each ``[BD]`` in float32.
+
+    A channel's taps are loaded together, which takes strides that are known when the kernel is compiled.
     """
     o_w = tl.arange(0, BW)
     p_w = weight + o_d[:, None] * stride_wd + o_w[None, :] * stride_ww
