@@ -192,7 +192,7 @@ def bench_command(
         console.print(str(error), markup=False)
         raise typer.Exit(USAGE) from error
     sides += [] if impl else installed_layers(place)
-    offered = (*workloads.catalogue(place), *layer_catalogue(place))
+    offered: list[bench.Timed] = [*workloads.catalogue(place), *layer_catalogue(place)]
     chosen = workloads.select(offered, [*(select or []), *(["quick"] if quick else [])])
     chosen = [workload for workload in chosen if any(side.takes(workload) for side in sides)]
     if not chosen:

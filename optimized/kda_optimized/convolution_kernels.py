@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
 """The short convolution in front of the operator, forward, backward and by steps [KL fig. 3].
 
     a_p = sum_{j < W} w_j x_{p - W + 1 + j}        y = silu(a), or a        x at positions -(W - 1)..-1 is the tail
