@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kda_conformance.contenders import Contender
+    from kda_conformance.layer_workloads import LayerWorkload
     from kda_conformance.workloads import Workload
 
+    Timed = Workload | LayerWorkload
     Sides = dict[str, list[Callable[[], object]]]
     Row = dict[str, Any]
 
@@ -43,7 +45,7 @@ WIDEST_NAME = 18
 
 
 def run(
-    sides: Sequence[Contender], workloads: Sequence[Workload], device: str, rounds: int, out: Path, console: Console
+    sides: Sequence[Contender], workloads: Sequence[Timed], device: str, rounds: int, out: Path, console: Console
 ) -> list[Row]:
     """Time every side on every workload, write ``out/rows.jsonl``, and return its rows of kind ``bench``.
 
@@ -95,7 +97,7 @@ def failed(rows: Sequence[Row]) -> bool:
     return any(row["outcome"] in ("red", "error") for row in rows)
 
 
-def measure(sides: Sequence[Contender], workload: Workload, device: str, rounds: int) -> list[Row]:
+def measure(sides: Sequence[Contender], workload: Timed, device: str, rounds: int) -> list[Row]:
     """Judge all sides on one workload, time those that pass, and return what is particular to each row."""
     verdicts = {side.name: side.judge(workload) for side in sides}
     timed: dict[str, Row] = {}
@@ -109,7 +111,7 @@ def measure(sides: Sequence[Contender], workload: Workload, device: str, rounds:
     return [_row(side, workload, verdicts[side.name], timed.get(side.name)) for side in sides]
 
 
-def num_input_sets(workload: Workload, device: str) -> int:
+def num_input_sets(workload: Timed, device: str) -> int:
     """Return how many input sets outgrow the device's last cache ``CACHES`` times."""
     if device == "cpu":
         return FEWEST_SETS
@@ -118,7 +120,7 @@ def num_input_sets(workload: Workload, device: str) -> int:
 
 
 def _time(
-    sides: Sequence[Contender], workload: Workload, device: str, rounds: int, verdicts: dict[str, Judged]
+    sides: Sequence[Contender], workload: Timed, device: str, rounds: int, verdicts: dict[str, Judged]
 ) -> dict[str, Row]:
     """Return the measured part of the row of each side; a side that fails on the workload itself gets a verdict instead."""
     num_sets = num_input_sets(workload, device)
@@ -128,12 +130,9 @@ def _time(
     peaks: dict[str, int | None] = {}
     for side in sides:
         try:
-            if workload.step:
-                prepared = [side.prepare_step(each) for each in inputs]
-            else:
-                prepared = [side.prepare(*pair) for pair in zip(inputs, cotangents, strict=True)]
+            prepared = side.prepare_calls(workload, inputs, cotangents)
             result = prepared[0]()
-            if side.operator == "KDA" and not _is_finite(result):
+            if side.judged and not _is_finite(result):
                 verdicts[side.name] = Judged(
                     outcome="red", message="results of the workload must be finite, got NaN or infinity"
                 )
@@ -168,7 +167,7 @@ def _is_finite(result: object) -> bool:
     return not isinstance(result, tuple) or all(_is_finite(part) for part in result)
 
 
-def _peak_bytes(call: Callable[[], object], workload: Workload, device: str) -> int | None:
+def _peak_bytes(call: Callable[[], object], workload: Timed, device: str) -> int | None:
     """Return the most memory that one call holds, its own input set counted; ``None`` on a CPU, where nobody counts."""
     if device == "cpu":
         call()
@@ -182,30 +181,18 @@ def _peak_bytes(call: Callable[[], object], workload: Workload, device: str) -> 
     return torch.cuda.max_memory_allocated() - before + workload.input_bytes + cotangent_bytes
 
 
-def _row(side: Contender, workload: Workload, verdict: Judged, timed: Row | None) -> Row:
+def _row(side: Contender, workload: Timed, verdict: Judged, timed: Row | None) -> Row:
     seconds = timed["time"]["median"] if timed else None
     return {
         "implementation": side.name,
         "version": side.version,
         "operator": side.operator,
-        "judged": side.operator == "KDA",
+        "judged": side.judged,
         "workload": workload.name,
         "labels": sorted(workload.labels),
         "pass": workload.pass_name,
         "mode": "graph" if workload.graph else "calls",
-        "gate": workload.gate,
-        "dtype": workload.dtype,
-        "chunk_size": workload.chunk_size,
-        "lengths": list(workload.lengths),
-        "shape": {
-            "B": workload.B,
-            "T": sum(workload.lengths),
-            "H": workload.H,
-            "G": workload.H,
-            "K": workload.width,
-            "V": workload.width,
-            "N": workload.num_sequences,
-        },
+        **workload.describe(),
         "outcome": verdict.outcome,
         "message": verdict.message,
         "score": verdict.score,
@@ -249,8 +236,8 @@ def tables(rows: Sequence[Row]) -> Group:
             f"{1e3 * time['median']:.4g}",
             f"{1e3 * time['mad']:.2g}",
             f"{time['median'] / first.setdefault(name, time['median']):.2f}",
-            # What is counted are the bytes and operations of KDA.
-            *(counted if row["operator"] == "KDA" else ("",) * 4),
+            # What is counted are the bytes and operations of what is judged.
+            *(counted if row["judged"] else ("",) * 4),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
         )
     return Group(*found.values())

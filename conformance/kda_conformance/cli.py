@@ -21,6 +21,8 @@ from kda_conformance import bench, compiling, discovery, verify, workloads
 from kda_conformance.claims import UsageError, narrow, read_claims
 from kda_conformance.contenders import contenders, installed_operators
 from kda_conformance.devices import choose_device, interpret_triton_without_gpu, num_cores
+from kda_conformance.layer_contenders import installed_layers
+from kda_conformance.layer_workloads import layer_catalogue
 from kda_conformance.planted import matrix, null_study
 from kda_conformance.planted.planting import variants
 from kda_conformance.vectors.build import build
@@ -202,11 +204,15 @@ def bench_command(
     console = Console()
     try:
         others = other if other is not None or impl else installed_operators()
-        sides, place = contenders(impl or default_contenders(), others or [], device)
+        decoders = [] if impl else default_decoders()
+        sides, place = contenders(impl or default_contenders(), others or [], device, decoders)
     except UsageError as error:
         console.print(str(error), markup=False)
         raise typer.Exit(USAGE) from error
-    chosen = workloads.select(workloads.catalogue(place), [*(select or []), *(["quick"] if quick else [])])
+    sides += [] if impl else installed_layers(place)
+    offered: list[bench.Timed] = [*workloads.catalogue(place), *layer_catalogue(place)]
+    chosen = workloads.select(offered, [*(select or []), *(["quick"] if quick else [])])
+    chosen = [workload for workload in chosen if any(side.takes(workload) for side in sides)]
     if not chosen:
         console.print(f"--select must match a workload, got {select}; `kda bench --list` names them", markup=False)
         raise typer.Exit(NOTHING)
@@ -312,6 +318,13 @@ def default_contenders() -> list[str]:
     if torch.cuda.is_available():
         return [name for name in ("triton-chunk", "fla-chunk") if not name.startswith("fla") or _loads(name)]
     return ["torch-chunkwise", "reference"]
+
+
+def default_decoders() -> list[str]:
+    """Return the implementations timed on steps of decoding when none is named."""
+    if torch.cuda.is_available():
+        return [name for name in ("triton-recurrent", "fla-recurrent") if not name.startswith("fla") or _loads(name)]
+    return []
 
 
 def _loads(name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,15 +14,13 @@ from kda_conformance.decoding import Step, pool_with, scattered
 from kda_conformance.devices import choose_device
 from kda_conformance.discovery import find_implementation
 from kda_conformance.subject import Call, LawViolation, Subject
-from kda_conformance.workloads import USUAL_CHUNK
+from kda_conformance.workloads import USUAL_CHUNK, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kda_reference import KdaInputs
     from torch import Tensor
-
-    from kda_conformance.workloads import Workload
 
     Cotangents = tuple[Tensor, Tensor] | None
 
@@ -58,27 +56,26 @@ class Contender(Protocol):
     Attributes
     ----------
     name, version, operator
-        How rows call it; ``operator`` is ``KDA`` or that of another recurrence.
+        How rows call it; ``operator`` is ``KDA`` or that of another recurrence, unless the workload says it.
+    judged
+        Whether anything here knows what it should return.
     """
 
     name: str
     version: str
     operator: str
+    judged: bool
 
-    def takes(self, workload: Workload) -> bool:
+    def takes(self, workload: object) -> bool:
         """Tell whether the workload is one to time this on."""
         ...
 
-    def judge(self, workload: Workload) -> Judged:
+    def judge(self, workload: Any) -> Judged:  # noqa: ANN401 - a workload that it takes
         """Judge it on a small call with the workload's flags."""
         ...
 
-    def prepare(self, inputs: KdaInputs, cotangents: Cotangents) -> Callable[[], object]:
-        """Return the call that is timed."""
-        ...
-
-    def prepare_step(self, inputs: KdaInputs) -> Callable[[], object]:
-        """Return the call that is timed where one token a row is decoded."""
+    def prepare_calls(self, workload: Any, inputs: list[Any], cotangents: list[Any]) -> list[Callable[[], object]]:  # noqa: ANN401
+        """Return the calls that are timed, one for each input set."""
         ...
 
 
@@ -91,6 +88,8 @@ class KdaContender:
         As ``--impl`` takes it.
     device
         Device type, or ``None`` for a GPU where there is one and it is claimed.
+    label
+        The only workloads it is timed on; ``None`` means all.
 
     Raises
     ------
@@ -99,8 +98,10 @@ class KdaContender:
     """
 
     operator = "KDA"
+    judged = True
 
-    def __init__(self, spec: str, device: str | None) -> None:
+    def __init__(self, spec: str, device: str | None, label: str | None = None) -> None:
+        self._label = label
         implementation = find_implementation(spec)
         self.name, self.version = implementation.name, implementation.version
         self.device = choose_device(device, implementation.claims, spec)
@@ -109,10 +110,9 @@ class KdaContender:
         )
         self._verdicts: dict[str, Judged] = {}
 
-    def takes(self, workload: Workload) -> bool:
-        """Every workload is an implementation's business."""
-        del workload
-        return True
+    def takes(self, workload: object) -> bool:
+        """Every workload of the operator that has the label."""
+        return isinstance(workload, Workload) and (self._label is None or self._label in workload.labels)
 
     def judge(self, workload: Workload) -> Judged:
         """Judge every output, and every gradient where there is a backward pass, against the budget of the claimed arithmetic."""
@@ -123,6 +123,14 @@ class KdaContender:
         if key not in self._verdicts:
             self._verdicts[key] = self._judge(workload)
         return self._verdicts[key]
+
+    def prepare_calls(
+        self, workload: Workload, inputs: list[KdaInputs], cotangents: list[Cotangents]
+    ) -> list[Callable[[], object]]:
+        """Return steps where one token a row is decoded, else calls."""
+        if workload.step:
+            return [self.prepare_step(each) for each in inputs]
+        return [self.prepare(*pair) for pair in zip(inputs, cotangents, strict=True)]
 
     def prepare(self, inputs: KdaInputs, cotangents: Cotangents) -> Callable[[], object]:
         """Return the bare function's call where there is one, else the adapter's."""
@@ -211,6 +219,8 @@ class OtherOperator:
         If there is none of this name, or what it needs is not installed.
     """
 
+    judged = False
+
     def __init__(self, name: str) -> None:
         if name not in OTHER_OPERATORS:
             message = f"--other must be one of {sorted(OTHER_OPERATORS)}, got {name!r}; check the spelling"
@@ -223,24 +233,21 @@ class OtherOperator:
             raise UsageError(message) from error
         self.name, self.version, self.operator = name, self._adapter.version, self._adapter.operator
 
-    def takes(self, workload: Workload) -> bool:
+    def takes(self, workload: object) -> bool:
         """Only what the operators are compared on."""
-        return "operators" in workload.labels
+        return isinstance(workload, Workload) and "operators" in workload.labels
 
     def judge(self, workload: Workload) -> Judged:
         """Let it pass: nothing here knows what it should return."""
         del workload
         return Judged(outcome="measured")
 
-    def prepare(self, inputs: KdaInputs, cotangents: Cotangents) -> Callable[[], object]:
-        """Return the forward call."""
-        del cotangents
-        call: Callable[[], object] = self._adapter.prepare(inputs)
-        return call
-
-    def prepare_step(self, inputs: KdaInputs) -> Callable[[], object]:
-        """Return the forward call."""
-        return self.prepare(inputs, None)
+    def prepare_calls(
+        self, workload: Workload, inputs: list[KdaInputs], cotangents: list[Cotangents]
+    ) -> list[Callable[[], object]]:
+        """Return forward calls."""
+        del workload, cotangents
+        return [self._adapter.prepare(each) for each in inputs]
 
 
 def installed_operators() -> list[str]:
@@ -253,15 +260,17 @@ def installed_operators() -> list[str]:
     return found
 
 
-def contenders(specs: Iterable[str], others: Iterable[str], device: str | None) -> tuple[list[Contender], str]:
-    """Load everything that is to be timed, and say on which device.
+def contenders(
+    specs: Iterable[str], others: Iterable[str], device: str | None, decoders: Iterable[str] = ()
+) -> tuple[list[Contender], str]:
+    """Load everything that is to be timed, ``decoders`` on the workloads of that label only, and say on which device.
 
     Raises
     ------
     UsageError
         If something cannot be loaded, two have one name, or they would run on different devices.
     """
-    ours = [KdaContender(spec, device) for spec in specs]
+    ours = [KdaContender(spec, device) for spec in specs] + [KdaContender(spec, device, "decode") for spec in decoders]
     found: list[Contender] = [*ours, *(OtherOperator(name) for name in others)]
     names = [contender.name for contender in found]
     if len(set(names)) < len(names):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from kda_reference import KdaInputs
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+AnyLabelled = TypeVar("AnyLabelled", bound="Labelled")
 USUAL_WIDTH, USUAL_CHUNK, USUAL_DTYPE = 128, 64, "bfloat16"
 PACKED = (1300, 547, 2048, 963, 271, 3063)
 PACKED_MIXES = (PACKED, (512,) * 16, (64,) * 128)
@@ -150,6 +151,15 @@ class Workload:
             gate_dtype="input", l2norm=True, sigmoid=True,
         )  # fmt: skip
 
+    def describe(self) -> dict[str, Any]:
+        """Return the fields of a row that say what was called."""
+        return {
+            "gate": self.gate, "dtype": self.dtype, "chunk_size": self.chunk_size, "lengths": list(self.lengths),
+            "shape": {
+                "B": self.B, "T": sum(self.lengths), "H": self.H, "G": self.H, "K": self.width, "V": self.width, "N": self.num_sequences,
+            },
+        }  # fmt: skip
+
     def inputs(self, seed: int, device: str) -> KdaInputs:
         """Draw the arguments on the device, as a freshly initialised layer would pass them."""
         generator = torch.Generator(device).manual_seed(seed)
@@ -249,7 +259,21 @@ def catalogue(device: str) -> tuple[Workload, ...]:
     return tuple(found.values())
 
 
-def select(workloads: Iterable[Workload], patterns: Sequence[str]) -> list[Workload]:
+class Labelled(Protocol):
+    """What can be selected."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def labels(self) -> frozenset[str]:
+        """Names of the sets it belongs to."""
+        ...
+
+
+def select(workloads: Iterable[AnyLabelled], patterns: Sequence[str]) -> list[AnyLabelled]:
     """Return the workloads whose name or one of whose labels matches a shell pattern; all of them where there is no pattern."""
     return [
         workload

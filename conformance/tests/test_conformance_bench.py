@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from kda_conformance import bench, timing, workloads
 from kda_conformance.cli import FAIL, NOTHING, USAGE, app
 from kda_conformance.contenders import KdaContender
+from kda_conformance.layer_contenders import FUNCTIONS, LayerContender
+from kda_conformance.layer_workloads import LayerWorkload, layer_catalogue
 from kda_conformance.workloads import PACKED, Workload
 from kda_reports.timings import read_timings
 from typer.testing import CliRunner
@@ -225,3 +228,26 @@ def test_a_side_is_judged_once_per_set_of_flags(sides: Callable[[str], str]) -> 
     small = Workload(lengths=(40,), H=1, width=8, dtype="float64")
     assert side.judge(small) is side.judge(small)
     assert bench.num_input_sets(small, "cpu") >= bench.FEWEST_SETS
+
+
+@pytest.mark.parametrize("workload", layer_catalogue("cpu"), ids=lambda workload: str(workload.name))
+def test_parts_of_a_layer_are_judged_and_their_bytes_are_those_of_the_tensors(workload: LayerWorkload) -> None:
+    side = LayerContender("kda-optimized", "cpu")
+    assert side.takes(workload)
+    judged = side.judge(workload)
+    assert (judged.outcome, judged.message) == ("measured", "")
+    inputs = workload.inputs(0, "cpu")
+    outputs = workload.expected(inputs).nbytes + (inputs["tails"].nbytes if "tails" in inputs else 0)
+    size = sum(tensor.nbytes for tensor in inputs.values())
+    assert workload.least_bytes == size + outputs + (size + outputs + size if workload.backward else 0)
+
+
+def test_a_part_that_is_wrong_gets_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = layer_catalogue("cpu")[0]
+    side = LayerContender("kda-optimized", "cpu")
+    name = FUNCTIONS[workload.part]
+    wrong = SimpleNamespace(**{name: lambda x, weight: x + weight.sum()})
+    monkeypatch.setattr(side, "_module", wrong)
+    (row,) = bench.measure([side], workload, "cpu", 2)
+    assert (row["outcome"], row["time"], row["operator"]) == ("red", None, "convolution")
+    assert "result must be within" in row["message"]

@@ -38,6 +38,28 @@ def sigmoid(b_x):
 
 
 @triton.jit
+def silu(b_x):
+    """Return ``x sigmoid(x)`` with full relative accuracy on both sides: an exponential that overflows stands for a result of zero."""
+    return b_x / (1.0 + exp(-b_x))
+
+
+@triton.jit
+def silu_slope(b_x):
+    """Return the derivative of ``x sigmoid(x)``."""
+    b_s = 1.0 / (1.0 + exp(-b_x))
+    return b_s * (1.0 + b_x * (1.0 - b_s))
+
+
+@triton.jit
+def sigmoid_and_slope(b_x):
+    """Return ``s = sigmoid(x)`` and ``s (1 - s)``, both with full relative accuracy on both sides."""
+    b_e = exp(-tl.abs(b_x))
+    b_larger = 1.0 / (1.0 + b_e)
+    b_smaller = b_e * b_larger
+    return tl.where(b_x >= 0, b_larger, b_smaller), b_larger * b_smaller
+
+
+@triton.jit
 def log1p_ratio(b_y):
     """Return ``log(1 + y) / y`` on [0, 1]: the interpolating polynomial at nine Chebyshev nodes, relative error ``4e-8``.
 

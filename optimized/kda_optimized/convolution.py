@@ -151,7 +151,7 @@ def short_convolution_step(
         **_inputs(x), **_filter(weight), "tails": tails, **strides("u", "std", tails), "y": y,
         "tail_indices": slots, **strides("i", "nw", slots), "M": slots.shape[1],
         **start, "cu_seqlens": cu_seqlens,
-        "N": num_rows, "num_slots": tails.shape[0], "BS": _rows_of_tail(taps), "PACKED": cu_seqlens is not None,
+        "N": num_rows, "num_slots": tails.shape[0], "BW": _tile_of_taps(taps), "PACKED": cu_seqlens is not None,
         "SILU": activation is not None,
     }  # fmt: skip
     _start(kda_convolution_step_kernel, x, arguments, num_rows)
@@ -193,6 +193,7 @@ def convolution_forward(
     arguments = {
         **shared,
         **_filter(weight),
+        "BW": _tile_of_taps(weight.shape[1]),
         "y": y,
         "chunk_table": tables.chunk_table,
         "BT": tables.chunk_len,
@@ -228,6 +229,7 @@ def convolution_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     parts = torch.empty(tables.num_chunks, taps, x.shape[2], dtype=torch.float32, device=x.device)
     arguments = {**shared, "dx": dx, "dweight": parts, "chunk_table": tables.chunk_table, "BT": tables.chunk_len}
+    arguments["BW"] = _tile_of_taps(taps)
     _start(kda_convolution_bwd_kernel, x, arguments, tables.num_chunks)
     dweight = parts.sum(0).T.to(weight.dtype)
     if tail is None:
@@ -261,6 +263,11 @@ def _filter(weight: Tensor) -> dict[str, Any]:
 def _past(tail: Tensor | None, x: Tensor) -> dict[str, Any]:
     """Return the arguments of the tail; the stand-in for an absent one is never read."""
     return {"tail": x if tail is None else tail, **strides("u", "nsd", tail), "HAS_TAIL": tail is not None}
+
+
+def _tile_of_taps(taps: int) -> int:
+    """Return the columns of a tile that holds the taps."""
+    return int(1 << (taps - 1).bit_length())
 
 
 def _rows_of_tail(taps: int) -> int:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
 """The short convolution in front of the operator, forward, backward and by steps [KL fig. 3].
 
     a_p = sum_{j < W} w_j x_{p - W + 1 + j}        y = silu(a), or a        x at positions -(W - 1)..-1 is the tail
@@ -8,14 +8,54 @@ Backward, with ``da = dy act'(a)``, which is made again from the inputs wherever
     dx_p = sum_j w_j da_{p + W - 1 - j}            dw_j = sum_p da_p x_{p - W + 1 + j}
 
 The last W - 1 inputs are the final tail, whose cotangent is added to those of the inputs it holds. Positions below zero are inputs of
-the tail, so its gradient is the same formula. Tiles are tokens by channels, and channels lie side by side in memory.
+the tail, so its gradient is the same formula.
+
+A program walks along the tokens of a chunk with a lane's channels side by side, so that a token is loaded, converted and, backward, its
+activation made once: what the next W - 1 tokens need of it stays in registers. ``AHEAD`` rows are under way while as many are worked on.
 """
 
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import sigmoid
+from kda_optimized.activations import silu, silu_slope
 from kda_optimized.chunks import locate_chunk
+from kda_optimized.slot_rows import locate_row, starting_slot, store_slot
+
+AHEAD = tl.constexpr(4)
+
+
+@triton.jit
+def load_taps(weight, o_d, m_d, stride_wd, stride_ww, W: tl.constexpr, BW: tl.constexpr):
+    """Return the W taps of BD channels, oldest first, each ``[BD]`` in float32.
+
+    A channel's taps are loaded together, which takes strides that are known when the kernel is compiled.
+    """
+    o_w = tl.arange(0, BW)
+    p_w = weight + o_d[:, None] * stride_wd + o_w[None, :] * stride_ww
+    b_w = tl.load(p_w, mask=m_d[:, None] & (o_w < W)[None, :], other=0.0).to(tl.float32)
+    taps = ()
+    for j in tl.static_range(W):
+        taps = taps + (tl.sum(tl.where((o_w == j)[None, :], b_w, 0.0), axis=1),)
+    return taps
+
+
+@triton.jit
+def tap_sum(taps, inputs, W: tl.constexpr):
+    """Return the sum over the taps ``[BD]`` of W inputs."""
+    b_a = taps[0] * inputs[0]
+    for j in tl.static_range(1, W):
+        b_a += taps[j] * inputs[j]
+    return b_a
+
+
+@triton.jit
+def known_row(p_x, p_tail, p, n_t, m_d, stride_xt, stride_us, S: tl.constexpr, HAS_TAIL: tl.constexpr):
+    """Return ``[BD]``, as it lies in memory: the input at a position of one sequence, of the tail before its beginning, zero elsewhere."""
+    b_x = tl.load(p_x + p * stride_xt, mask=m_d & (p >= 0) & (p < n_t), other=0.0)
+    if HAS_TAIL:  # noqa: SIM102 - decided when the kernel is compiled
+        if p < 0:
+            b_x = tl.load(p_tail + (p + S) * stride_us, mask=m_d & (p >= -S), other=0.0)
+    return b_x
 
 
 @triton.jit
@@ -42,8 +82,7 @@ def pulled(p_x, p_tail, p_dy, p_w, o_p, n_t, m_d, stride_xt, stride_us, stride_y
         for j in tl.static_range(W):
             b_w = tl.load(p_w + j * stride_ww, mask=m_d, other=0.0).to(tl.float32)
             b_a += b_w[None, :] * known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
-        b_s = sigmoid(b_a)
-        b_da = b_da * b_s * (1.0 + b_a * (1.0 - b_s))
+        b_da = b_da * silu_slope(b_a)
     return b_da
 
 
@@ -66,8 +105,9 @@ def input_gradient(p_x, p_tail, p_dy, p_w, p_final, o_p, n_t, m_d, stride_xt, st
 
 @triton.jit(do_not_specialize=["T"])
 def kda_convolution_fwd_kernel(
-    x, weight, tail, y, chunk_table, stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_un, stride_us, stride_ud, T,
-    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, SILU: tl.constexpr,
+    x, weight, tail, y, chunk_table, stride_xb, stride_xt, stride_xd, stride_un, stride_us, stride_ud, T,
+    stride_wd: tl.constexpr, stride_ww: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Convolve one chunk of tokens of BD channels."""
     ND: tl.constexpr = (D + BD - 1) // BD
@@ -77,18 +117,32 @@ def kda_convolution_fwd_kernel(
     i_b, t_0, t_g, n_rest = locate_chunk(i_c, chunk_table, T)
     i_n = tl.load(chunk_table + 5 * i_c + 3)
     t_s = tl.load(chunk_table + 5 * i_c + 4) * BT
-    o_p = t_s + tl.arange(0, BT)
     n_t = t_s + n_rest
-    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d[None, :] * stride_xd
-    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
-    b_y = tl.zeros((BT, BD), dtype=tl.float32)
-    for j in tl.static_range(W):
-        b_w = tl.load(weight + o_d * stride_wd + j * stride_ww, mask=m_d, other=0.0).to(tl.float32)
-        b_y += b_w[None, :] * known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
-    if SILU:
-        b_y = b_y * sigmoid(b_y)
-    p_y = y + (t_g + tl.arange(0, BT))[:, None] * D + o_d[None, :]
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=(o_p < n_t)[:, None] & m_d[None, :])
+    end = tl.minimum(t_s + BT, n_t)
+    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d * stride_xd
+    p_tail = tail + i_n * stride_un + o_d * stride_ud
+    p_y = y + (t_g - t_s) * D + o_d
+    rows = ()
+    for i in tl.static_range(AHEAD):
+        rows = rows + (tl.load(p_x + (t_s + i) * stride_xt, mask=m_d & (t_s + i < end), other=0.0),)
+    taps = load_taps(weight, o_d, m_d, stride_wd, stride_ww, W, BW)
+    past = ()
+    for j in tl.static_range(W - 1):
+        b_x = known_row(p_x, p_tail, t_s + j - (W - 1), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+        past = past + (b_x.to(tl.float32),)
+    for t in range(t_s, end, AHEAD):
+        ahead = ()
+        for i in tl.static_range(AHEAD):
+            p = t + AHEAD + i
+            ahead = ahead + (tl.load(p_x + p * stride_xt, mask=m_d & (p < end), other=0.0),)
+        for i in tl.static_range(AHEAD):
+            past = past + (rows[i].to(tl.float32),)
+            b_y = tap_sum(taps, past, W)
+            past = past[1:]
+            if SILU:
+                b_y = silu(b_y)
+            tl.store(p_y + (t + i) * D, b_y.to(y.dtype.element_ty), mask=m_d & (t + i < end))
+        rows = ahead
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -115,9 +169,10 @@ def kda_convolution_tail_kernel(
 @triton.jit(do_not_specialize=["T"])
 def kda_convolution_bwd_kernel(
     x, weight, tail, dy, dfinal, dx, dweight, chunk_table,
-    stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_un, stride_us, stride_ud,
+    stride_xb, stride_xt, stride_xd, stride_un, stride_us, stride_ud,
     stride_yb, stride_yt, stride_yd, stride_fn, stride_fs, stride_fd, T,
-    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    stride_wd: tl.constexpr, stride_ww: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_FINAL: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
     """Pull one chunk of tokens of BD channels back; what the chunk adds to the weight's gradient has a row of its own."""
@@ -128,23 +183,59 @@ def kda_convolution_bwd_kernel(
     i_b, t_0, t_g, n_rest = locate_chunk(i_c, chunk_table, T)
     i_n = tl.load(chunk_table + 5 * i_c + 3)
     t_s = tl.load(chunk_table + 5 * i_c + 4) * BT
-    o_p = t_s + tl.arange(0, BT)
     n_t = t_s + n_rest
-    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d[None, :] * stride_xd
-    p_tail = tail + i_n * stride_un + o_d[None, :] * stride_ud
-    p_dy = dy + i_b * stride_yb + (t_0 - t_s) * stride_yt + o_d[None, :] * stride_yd
-    p_w = weight + o_d * stride_wd
-    p_final = dfinal + i_n * stride_fn + o_d[None, :] * stride_fd
-    b_dx = input_gradient(
-        p_x, p_tail, p_dy, p_w, p_final, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, stride_fs,
-        W, HAS_TAIL, HAS_FINAL, SILU,
-    )  # fmt: skip
-    p_dx = dx + (t_g + tl.arange(0, BT))[:, None] * D + o_d[None, :]
-    tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=(o_p < n_t)[:, None] & m_d[None, :])
-    b_da = pulled(p_x, p_tail, p_dy, p_w, o_p, n_t, m_d, stride_xt, stride_us, stride_yt, stride_ww, W, HAS_TAIL, SILU)
+    end = tl.minimum(t_s + BT, n_t)
+    # An input is pulled back once the W - 1 outputs behind it are.
+    last = end + (W - 1)
+    p_x = x + i_b * stride_xb + (t_0 - t_s) * stride_xt + o_d * stride_xd
+    p_tail = tail + i_n * stride_un + o_d * stride_ud
+    p_dy = dy + i_b * stride_yb + (t_0 - t_s) * stride_yt + o_d * stride_yd
+    p_final = dfinal + i_n * stride_fn + o_d * stride_fd
+    p_dx = dx + (t_g - t_s) * D + o_d
+    rows, cotangents = (), ()
+    for i in tl.static_range(AHEAD):
+        m_t = m_d & (t_s + i < tl.minimum(last, n_t))
+        rows = rows + (tl.load(p_x + (t_s + i) * stride_xt, mask=m_t, other=0.0),)
+        cotangents = cotangents + (tl.load(p_dy + (t_s + i) * stride_yt, mask=m_t, other=0.0),)
+    taps = load_taps(weight, o_d, m_d, stride_wd, stride_ww, W, BW)
+    sums, past, pulled_rows = (), (), ()
+    for _ in tl.static_range(W):
+        sums = sums + (tl.zeros((BD,), dtype=tl.float32),)
+    for j in tl.static_range(W - 1):
+        b_x = known_row(p_x, p_tail, t_s + j - (W - 1), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
+        past = past + (b_x.to(tl.float32),)
+        pulled_rows = pulled_rows + (tl.zeros((BD,), dtype=tl.float32),)
+    for t in range(t_s, last, AHEAD):
+        ahead, cotangents_ahead = (), ()
+        for i in tl.static_range(AHEAD):
+            p = t + AHEAD + i
+            m_t = m_d & (p < tl.minimum(last, n_t))
+            ahead = ahead + (tl.load(p_x + p * stride_xt, mask=m_t, other=0.0),)
+            cotangents_ahead = cotangents_ahead + (tl.load(p_dy + p * stride_yt, mask=m_t, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            past = past + (rows[i].to(tl.float32),)
+            b_da = cotangents[i].to(tl.float32)
+            if SILU:
+                b_da = b_da * silu_slope(tap_sum(taps, past, W))
+            b_own = tl.where(t + i < end, b_da, 0.0)
+            added = ()
+            for j in tl.static_range(W):
+                added = added + (sums[j] + b_own * past[j],)
+            sums = added
+            past = past[1:]
+            pulled_rows = pulled_rows + (b_da,)
+            b_dx = taps[W - 1] * pulled_rows[0]
+            for j in tl.static_range(1, W):
+                b_dx += taps[W - 1 - j] * pulled_rows[j]
+            pulled_rows = pulled_rows[1:]
+            p = t + i - (W - 1)
+            if HAS_FINAL:  # noqa: SIM102 - decided when the kernel is compiled
+                if (p >= n_t - (W - 1)) & (p < end):
+                    b_dx += tl.load(p_final + (p - n_t + (W - 1)) * stride_fs, mask=m_d, other=0.0).to(tl.float32)
+            tl.store(p_dx + p * D, b_dx.to(dx.dtype.element_ty), mask=m_d & (p >= t_s) & (p < end))
+        rows, cotangents = ahead, cotangents_ahead
     for j in tl.static_range(W):
-        b_x = known(p_x, p_tail, o_p - (W - 1 - j), n_t, m_d, stride_xt, stride_us, W - 1, HAS_TAIL)
-        tl.store(dweight + (i_c * W + j) * D + o_d, tl.sum(b_da * b_x, axis=0), mask=m_d)
+        tl.store(dweight + (i_c * W + j) * D + o_d, sums[j], mask=m_d)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -178,18 +269,19 @@ def kda_convolution_bwd_tail_kernel(
 
 
 @triton.jit
-def store_tail(tails, i_u, num_slots, b_u, o_sd, m_sd, stride_us):
-    """Write a tail to its slot, if there is such a slot."""
-    if (i_u >= 0) & (i_u < num_slots):
-        tl.store(tails + i_u * stride_us + o_sd, b_u.to(tails.dtype.element_ty), mask=m_sd)
+def leave_tail(tails, i_u, num_slots, past, o_d, m_d, stride_us, stride_ut, stride_ud, S: tl.constexpr):
+    """Write the last S inputs to a slot, if there is such a slot."""
+    for j in tl.static_range(S):
+        store_slot(tails + j * stride_ut, i_u, num_slots, past[j], o_d * stride_ud, m_d, stride_us)
 
 
 @triton.jit
 def kda_convolution_step_kernel(
     x, weight, tails, y, cu_seqlens, tail_indices, source_indices, num_accepted_tokens, has_initial,
-    stride_xb, stride_xt, stride_xd, stride_wd, stride_ww, stride_us, stride_ut, stride_ud,
+    stride_xb, stride_xt, stride_xd, stride_us, stride_ut, stride_ud,
     stride_in, stride_iw, stride_on, stride_an, stride_hn, T, N, num_slots,
-    D: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
+    stride_wd: tl.constexpr, stride_ww: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
+    M: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
     HAS_SOURCE: tl.constexpr, HAS_ACCEPTED: tl.constexpr, HAS_FLAG: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Convolve the tokens of one row for BD channels, its tail in registers, and leave tails in slots as the operator leaves states."""
@@ -197,55 +289,42 @@ def kda_convolution_step_kernel(
     i_n = (tl.program_id(0) // ND).to(tl.int64)
     o_d = (tl.program_id(0) % ND * BD + tl.arange(0, BD)).to(tl.int64)
     m_d = o_d < D
-    o_s = tl.arange(0, BS)
-    m_sd = (o_s < W - 1)[:, None] & m_d[None, :]
-    b_none = tl.zeros((BD,), dtype=tl.float32).to(y.dtype.element_ty)
-    if PACKED:
-        i_b = tl.zeros((), dtype=tl.int64)
-        t_0 = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n).to(tl.int64), 0), T)
-        n_t = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_n + 1).to(tl.int64), t_0), T) - t_0
+    i_b, t_0, n_t = locate_row(cu_seqlens, i_n, T, PACKED)
+    if PACKED:  # noqa: SIM102 - decided when the kernel is compiled
+        # A bucket may be longer than its rows.
         if i_n == N - 1:
             for t in range(t_0 + n_t, T):
-                tl.store(y + t * D + o_d, b_none, mask=m_d)
-    else:
-        i_b, t_0, n_t = i_n, tl.zeros((), dtype=tl.int64), T
+                tl.store(y + t * D + o_d, tl.zeros((BD,), dtype=tl.float32).to(y.dtype.element_ty), mask=m_d)
     p_y = y + (i_b * T + t_0) * D + o_d
-    i_a = tl.zeros((), dtype=tl.int64)
-    if HAS_ACCEPTED:
-        i_a = tl.load(num_accepted_tokens + i_n * stride_an).to(tl.int64) - 1
-    m_a = (i_a >= 0) & (i_a < M)
-    if HAS_SOURCE:
-        i_u = tl.load(source_indices + i_n * stride_on).to(tl.int64)
-    else:
-        i_u = tl.load(tail_indices + i_n * stride_in + i_a * stride_iw, mask=m_a, other=-1).to(tl.int64)
-    if (i_u < 0) | (i_u >= num_slots):
-        for _ in range(n_t):
-            tl.store(p_y, b_none, mask=m_d)
-            p_y += D
-        return
-
-    o_sd = o_s[:, None] * stride_ut + o_d[None, :] * stride_ud
-    m_u = m_sd
+    i_u = starting_slot(
+        tail_indices, source_indices, num_accepted_tokens, i_n, stride_in, stride_iw, stride_on, stride_an,
+        M, HAS_SOURCE, HAS_ACCEPTED,
+    )  # fmt: skip
+    i_last = tl.load(tail_indices + i_n * stride_in).to(tl.int64)
+    # A row that is padding runs along on zeros, as in the operator's step.
+    there = (i_u >= 0) & (i_u < num_slots)
+    num_left = tl.where(there, num_slots, 0)
+    m_u = m_d & there
     if HAS_FLAG:
         m_u = m_u & (tl.load(has_initial + i_n * stride_hn) != 0)
-    b_u = tl.load(tails + i_u * stride_us + o_sd, mask=m_u, other=0.0).to(tl.float32)
-    b_w = tl.load(weight + o_d[None, :] * stride_wd + o_s[:, None] * stride_ww, mask=m_sd, other=0.0).to(tl.float32)
-    b_now = tl.load(weight + o_d * stride_wd + (W - 1) * stride_ww, mask=m_d, other=0.0).to(tl.float32)
-    m_next = (o_s[:, None] + 1 == o_s[None, :])[:, :, None]
+    past = ()
+    for j in tl.static_range(W - 1):
+        b_u = tl.load(tails + i_u * stride_us + j * stride_ut + o_d * stride_ud, mask=m_u, other=0.0)
+        past = past + (b_u.to(tl.float32),)
+    taps = load_taps(weight, o_d, m_d, stride_wd, stride_ww, W, BW)
     p_x = x + i_b * stride_xb + t_0 * stride_xt + o_d * stride_xd
-    p_i = tail_indices + i_n * stride_in
     for t in range(n_t):
-        b_x = tl.load(p_x, mask=m_d, other=0.0).to(tl.float32)
-        b_y = tl.sum(b_w * b_u, axis=0) + b_now * b_x
+        past = past + (tl.load(p_x, mask=m_d, other=0.0).to(tl.float32),)
+        b_y = tap_sum(taps, past, W)
         if SILU:
-            b_y = b_y * sigmoid(b_y)
-        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_d)
-        b_moved = tl.sum(tl.where(m_next, b_u[None, :, :], 0.0), axis=1)
-        b_u = tl.where((o_s == W - 2)[:, None], b_x[None, :], b_moved)
+            b_y = silu(b_y)
+        tl.store(p_y, tl.where(there, b_y, 0.0).to(y.dtype.element_ty), mask=m_d)
+        past = past[1:]
         if M > 1:  # noqa: SIM102 - decided when the kernel is compiled
             if n_t <= M:
-                store_tail(tails, tl.load(p_i + t * stride_iw).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
+                i_u = tl.load(tail_indices + i_n * stride_in + t * stride_iw).to(tl.int64)
+                leave_tail(tails, i_u, num_left, past, o_d, m_d, stride_us, stride_ut, stride_ud, W - 1)
         p_x += stride_xt
         p_y += D
     if (M == 1) | (n_t == 0) | (n_t > M):
-        store_tail(tails, tl.load(p_i).to(tl.int64), num_slots, b_u, o_sd, m_sd, stride_us)
+        leave_tail(tails, i_last, num_left, past, o_d, m_d, stride_us, stride_ut, stride_ud, W - 1)

@@ -17,14 +17,10 @@ from kda_optimized.activations import LOG2_E
 
 
 @triton.jit
-def load_latents(
-    pages, p_t, o_l, o_c, m_l, m_c, num_pages, stride_tw, stride_pn, stride_pl, stride_pc, PAGE: tl.constexpr
-):
-    """Load ``[BL, BC]`` of the tokens of a row through its table of pages; zero for tokens that are not, and pages out of range."""
+def page_of(p_t, o_l, m_l, num_pages, stride_tw, PAGE: tl.constexpr):
+    """Return the pages in which tokens of a row lie, -1 for tokens that are not, and pages out of range."""
     i_p = tl.load(p_t + (o_l // PAGE) * stride_tw, mask=m_l, other=-1).to(tl.int64)
-    m_p = m_l & (i_p >= 0) & (i_p < num_pages)
-    p_x = pages + i_p[:, None] * stride_pn + (o_l % PAGE)[:, None] * stride_pl + o_c[None, :] * stride_pc
-    return tl.load(p_x, mask=m_p[:, None] & m_c[None, :], other=0.0)
+    return tl.where(i_p < num_pages, i_p, -1)
 
 
 @triton.jit
@@ -54,15 +50,23 @@ def kda_latent_part_kernel(
     b_m = tl.full((BH,), float("-inf"), dtype=tl.float32)
     b_l = tl.zeros((BH,), dtype=tl.float32)
     b_acc = tl.zeros((BH, BR), dtype=tl.float32)
+    # A tile that lies in one page is looked up once, ahead of the loads that wait for it.
+    WITHIN: tl.constexpr = PAGE % BL == 0
+    o_x = tl.arange(0, BL) * stride_pl
+    i_next = page_of(p_t, first, first < last, num_pages, stride_tw, PAGE)
     for t in range(first, last, BL):
         o_l = t + tl.arange(0, BL)
         m_l = o_l < last
-        b_c = load_latents(
-            pages, p_t, o_l, o_r, m_l, o_r < R, num_pages, stride_tw, stride_pn, stride_pl, stride_pc, PAGE
-        )
-        b_s = load_latents(
-            pages, p_t, o_l, R + o_p, m_l, o_p < P, num_pages, stride_tw, stride_pn, stride_pl, stride_pc, PAGE
-        )
+        if WITHIN:
+            i_p = i_next
+            i_next = page_of(p_t, t + BL, t + BL < last, num_pages, stride_tw, PAGE)
+            p_x = pages + (tl.maximum(i_p, 0) * stride_pn + t % PAGE * stride_pl) + o_x[:, None]
+        else:
+            i_p = page_of(p_t, o_l, m_l, num_pages, stride_tw, PAGE)
+            p_x = pages + (tl.maximum(i_p, 0) * stride_pn + (o_l % PAGE) * stride_pl)[:, None]
+        m_x = m_l & (i_p >= 0)
+        b_c = tl.load(p_x + o_r[None, :] * stride_pc, mask=m_x[:, None] & (o_r < R)[None, :], other=0.0)
+        b_s = tl.load(p_x + (R + o_p)[None, :] * stride_pc, mask=m_x[:, None] & (o_p < P)[None, :], other=0.0)
         if EXACT:
             b_z = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
             b_z = tl.dot(b_qs, tl.trans(b_s), b_z, input_precision="ieee")

@@ -11,7 +11,7 @@ A tile is a few whole rows.
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import sigmoid
+from kda_optimized.activations import sigmoid, sigmoid_and_slope
 
 
 @triton.jit
@@ -56,8 +56,7 @@ def kda_norm_bwd_kernel(
     b_w = tl.load(weight + o_d * stride_wd, mask=o_d < D, other=0.0).to(tl.float32)
     b_r = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / D + eps)
     b_u = b_x * b_r[:, None]
-    b_s = sigmoid(b_g)
-    b_slope = b_s * sigmoid(-b_g)
+    b_s, b_slope = sigmoid_and_slope(b_g)
     if SWISH:
         b_slope = b_s + b_g * b_slope
         b_s = b_s * b_g

@@ -7,7 +7,8 @@ S <- Diag(exp g) S         e = v - S^T k         S <- S + k (beta e)^T         o
 import triton
 import triton.language as tl
 
-from kda_optimized.activations import L2NORM_EPSILON, gate_slope, log2_decay, strength
+from kda_optimized.activations import gate_slope
+from kda_optimized.token_rows import activated, load_token
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -51,25 +52,27 @@ def kda_recurrent_fwd_kernel(
     p_b = beta + i_b * stride_bb + t_0 * stride_bt + i_g * stride_bh
     p_o = o + (t_g * G + i_g) * V + o_v
 
-    for _ in range(n_t):
-        b_q = tl.load(p_q, mask=m_k, other=0.0).to(tl.float32)
-        b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
-        b_x = tl.load(p_g, mask=m_k, other=0.0).to(tl.float32) + b_bias
-        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
-        b_b = strength(tl.load(p_b).to(tl.float32), USE_SIGMOID, CEILING)
-        if USE_L2NORM:
-            b_q = b_q / tl.sqrt_rn(tl.sum(b_q * b_q, axis=0) + L2NORM_EPSILON)
-            b_k = b_k / tl.sqrt_rn(tl.sum(b_k * b_k, axis=0) + L2NORM_EPSILON)
-        b_S = b_S * tl.exp2(log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE, BOUNDED))[:, None]
-        b_w = b_b * (b_v - tl.sum(b_S * b_k[:, None], axis=0))
-        b_S += b_k[:, None] * b_w[None, :]
-        tl.store(p_o, tl.sum(b_S * (b_q * scale)[:, None], axis=0), mask=m_v)
+    b_q, b_k, b_g, b_v, b_b = load_token(p_q, p_k, p_g, p_v, p_b, m_k, m_v, n_t > 0)
+    b_q, b_k, b_d, b_b = activated(
+        b_q, b_k, b_g, b_b, b_bias, b_A, b_slope, lower_bound, USE_L2NORM, USE_GATE, BOUNDED, USE_SIGMOID, CEILING
+    )
+    for t in range(n_t):
         p_q += stride_qt
         p_k += stride_kt
         p_g += stride_gt
         p_v += stride_vt
         p_b += stride_bt
+        # The next token is under way while this one is worked on.
+        b_qn, b_kn, b_gn, b_vn, b_bn = load_token(p_q, p_k, p_g, p_v, p_b, m_k, m_v, t + 1 < n_t)
+        b_S = b_S * b_d[:, None]
+        b_w = b_b * (b_v.to(tl.float32) - tl.sum(b_S * b_k[:, None], axis=0))
+        b_S += b_k[:, None] * b_w[None, :]
+        tl.store(p_o, tl.sum(b_S * (b_q * scale)[:, None], axis=0), mask=m_v)
         p_o += G * V
+        b_v = b_vn
+        b_q, b_k, b_d, b_b = activated(
+            b_qn, b_kn, b_gn, b_bn, b_bias, b_A, b_slope, lower_bound, USE_L2NORM, USE_GATE, BOUNDED, USE_SIGMOID, CEILING
+        )  # fmt: skip
 
     if HAS_FINAL:
         p_s = final_state + i_n * stride_fn + i_g * stride_fg + o_k[:, None] * stride_fk + o_v[None, :] * stride_fv

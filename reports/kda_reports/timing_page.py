@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from kda_reports import charts, timing_charts
 from kda_reports.page import commit_of, side_by_side, templates
-from kda_reports.timings import KDA, comparisons, operator_ratios
+from kda_reports.timings import comparisons, operator_ratios
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +45,8 @@ class Line:
 
     @property
     def is_counted(self) -> bool:
-        """Whether the bytes and operations that were counted are this side's: they are those of KDA."""
-        return self.timing.operator == KDA and self.timing.time is not None
+        """Whether the bytes and operations that were counted are this side's: they are those of what is judged."""
+        return self.timing.judged and self.timing.time is not None
 
 
 def render_bench(timings: Sequence[Timing], unfinished: Sequence[str], sources: Sequence[str]) -> str:

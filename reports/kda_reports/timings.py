@@ -48,7 +48,9 @@ class Timing:
     run, started, device, implementation, version, seed
         Who, when, where, on which draw of the inputs.
     operator
-        ``KDA``, or that of another recurrence, which is not judged.
+        ``KDA``, or that of another recurrence, which is not judged, or the part of a layer.
+    judged
+        Whether it was judged before it was timed; bytes and operations are counted for what is.
     workload, labels, pass_name, mode, gate, dtype
         What was called; ``mode`` is one of ``MODES``.
     sizes
@@ -58,7 +60,7 @@ class Timing:
     time, peak_bytes
         ``None`` unless measured; the peak also on a CPU.
     least_bytes, flop
-        What KDA must move and compute.
+        What must be moved and computed.
     copy_bytes_per_s, matmul_flop_per_s, matmul_dtype
         What the machine reached in the same run.
     """
@@ -70,6 +72,7 @@ class Timing:
     version: str
     seed: int
     operator: str
+    judged: bool
     workload: str
     labels: tuple[str, ...]
     pass_name: str
@@ -156,6 +159,7 @@ def _timing(row: Fields) -> Timing:
         version=row.get("version", str),
         seed=row.get("seed", int),
         operator=row.get("operator", str),
+        judged=row.get("judged", bool),
         workload=row.get("workload", str),
         labels=tuple(map(str, row.get("labels", list))),
         pass_name=row.get("pass", str),
