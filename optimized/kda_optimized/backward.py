@@ -34,7 +34,8 @@ SPANS = (64, 32, 16)
 BY_CHANNEL = frozenset(("q", "k", "g", "A_log", "dt_bias"))
 BY_PAIR = BY_CHANNEL | {"beta"}
 ROWS_PER_PROGRAM = 32
-# Gradients of pairs are written and read back at once: as many spans at a time as fill a device several times and hardly outgrow its cache.
+# Gradients of pairs, and of q and k where they are staged, are written and read back at once: as many spans at a time as fill a device
+# several times and hardly outgrow its cache.
 SCRATCH_BYTES = 2**26
 
 
@@ -229,30 +230,34 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Walked]:
     return rows, walked
 
 
-def _written(run: Backward, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the last kernel writes of q, k and g: their gradients, or by value head and in float32 where heads are shared.
+def _written(run: Backward, found: dict[str, Tensor], staged: int | None) -> dict[str, Tensor]:
+    """Return what the kernel of channels writes of q, k and g: their gradients, or of q and k those of ``staged`` spans in float32.
 
     All three are written whoever asks: without one of these stores the compiler lays the sums for A_log and dt_bias out anew, and so adds
     in another order.
     """
-    call, x = run.call, run.call.inputs
-    dtypes = {name: getattr(x, name).dtype for name in ("q", "k", "g")}
-    own = found
-    if call.sizes["H"] != call.sizes["G"]:
-        dtypes |= {"q": torch.float32, "k": torch.float32}
-        own = {name: tensor for name, tensor in found.items() if name == "g"}
-    return {name: own[name] if name in own else call.new(*x.g.shape, dtype=dtype) for name, dtype in dtypes.items()}
+    call, x, sizes = run.call, run.call.inputs, run.call.sizes
+    names = ("q", "k", "g") if staged is None else ("g",)
+    own = {name: found[name] if name in found else call.new(*x.g.shape, dtype=getattr(x, name).dtype) for name in names}
+    if staged is not None:
+        own |= {name: call.new(staged, run.spans.chunk_len, sizes["G"], sizes["K"]) for name in ("q", "k")}
+    return own
 
 
 def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walked) -> None:
     """Fill in the gradients of q, k, beta, the gate and its parameters, some spans at a time."""
     call, x, sizes, spans = run.call, run.call.inputs, run.call.sizes, run.spans
-    shared_heads = sizes["H"] != sizes["G"]
+    width, config = padded(sizes["K"]), call.config(kda_chunk_bwd_channels_kernel)
+    slab = tile(config.block_k, width)
+    slabs = min(config.num_warps, width // slab)
+    parts = width // (slab * slabs)
+    staged = sizes["H"] != sizes["G"] or (parts > 1 and x.use_qk_l2norm_in_kernel)
+    per_token = 8 * spans.chunk_len + (8 * sizes["K"] if staged else 0)
+    at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (per_token * sizes["G"] * spans.chunk_len)))
     found |= run.new_gradients("q", "k", "g", "beta")
-    written = _written(run, found) if run.by_channel else {}
-    at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (8 * sizes["G"] * spans.chunk_len**2)))
+    written = _written(run, found, at_once if staged else None) if run.by_channel else {}
     dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len) if run.by_channel else None
-    slope_parts = call.per_chunk() if "A_log" in run.needed else None
+    slope_parts = call.per_chunk(parts) if "A_log" in run.needed else None
     bias_parts = call.per_chunk(sizes["K"]) if "dt_bias" in run.needed else None
     shared = {
         **run.common(), **run.cotangent(), **walked.errors.arguments("errors", "error_scales"),
@@ -267,27 +272,26 @@ def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walk
         **walked.dstates.arguments("dstates", "dstate_scales"), **call.pick("H"),
         **{f"d{name}": tensor for name, tensor in written.items()},
         "dA_parts": slope_parts, "HAS_DA": slope_parts is not None, "dbias_parts": bias_parts, "HAS_DBIAS": bias_parts is not None,
-        "chunk_offsets": call.schedule.chunk_offsets,
-        "BC": tile(call.config(kda_chunk_bwd_channels_kernel).block_k, padded(sizes["K"])),
+        "chunk_offsets": call.schedule.chunk_offsets, "BC": slab, "W": slabs, "STAGED": staged,
         "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-        "PULL_NORM": x.use_qk_l2norm_in_kernel and not shared_heads,
+    }  # fmt: skip
+    rows_at_once = min(ROWS_PER_PROGRAM, spans.chunk_len)
+    heads = {
+        **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": written.get("q"), "dk_G": written.get("k"),
+        **gradients(q=found.get("q"), k=found.get("k")),
+        "span_table": spans.chunk_table, "T": x.q.shape[1], "BT": spans.chunk_len, "BR": rows_at_once, "BK": width,
+        "USE_L2NORM": x.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     for first in range(0, spans.num_chunks, at_once):
-        programs = min(at_once, spans.num_chunks - first) * sizes["G"]
-        call.start(kda_chunk_bwd_pairs_kernel, programs, {**pairs, "first_span": first})
+        count, place = min(at_once, spans.num_chunks - first), {"first_span": first}
+        call.start(kda_chunk_bwd_pairs_kernel, count * sizes["G"], pairs | place)
         if run.by_channel:
-            call.start(kda_chunk_bwd_channels_kernel, programs, {**channels, "first_span": first})
-    if shared_heads and ("q" in found or "k" in found):
-        num_tokens = x.q.shape[0] * x.q.shape[1]
-        arguments = {
-            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": written["q"], "dk_G": written["k"],
-            **gradients(q=found.get("q"), k=found.get("k")),
-            "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
-            "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-        }  # fmt: skip
-        call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
+            call.start(kda_chunk_bwd_channels_kernel, count * sizes["G"] * parts, channels | place)
+        if staged and ("q" in found or "k" in found):
+            programs = count * sizes["H"] * (spans.chunk_len // rows_at_once)
+            call.start(kda_chunk_bwd_heads_kernel, programs, heads | place)
     # The second stage of these sums runs in a fixed order too.
     if slope_parts is not None:
-        found["A_log"] = slope_parts.sum(0)
+        found["A_log"] = slope_parts.sum((0, 2))
     if bias_parts is not None:
         found["dt_bias"] = bias_parts.sum(0).flatten()

@@ -16,7 +16,22 @@ import triton.language as tl
 
 from kda_optimized.backward_states import load_state, pair_planes, read_product, store_columns, write_product
 from kda_optimized.chunks import BETA, K_SCALE, PULL_SCALE, Q_SCALE, TOKEN_ROWS, locate_sequence
+from kda_optimized.products import half_scale
 from kda_optimized.strips import STRIP
+
+
+@triton.jit
+def write_products(b_x, b_xs, b_xrows, b_y, b_ys, b_yrows, EXACT: tl.constexpr):
+    """Return the sum of two products as :func:`~kda_optimized.backward_states.write_product` has them, of one scale a value channel."""
+    b_x = b_x * b_xs[None, :]
+    b_y = b_y * b_ys[None, :]
+    if EXACT:
+        b_o = tl.dot(b_y, b_yrows, tl.dot(b_x, b_xrows, input_precision="ieee"), input_precision="ieee")
+    else:
+        b_s, b_r = half_scale(tl.max(tl.maximum(tl.abs(b_x), tl.abs(b_y)), axis=1))
+        b_o = tl.dot((b_x * b_r[:, None]).to(tl.float16), b_xrows)
+        b_o = tl.dot((b_y * b_r[:, None]).to(tl.float16), b_yrows, b_o) * b_s[:, None]
+    return b_o
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -109,12 +124,13 @@ def kda_chunk_bwd_walk_kernel(
         b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
         b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
         b_Y += read_product(b_dS, b_p, b_ps, EXACT)
-        b_dS = b_dS * b_total[None, :]
-        if HAS_DO:
-            b_dS += write_product(b_do, b_qs, tl.load(q_rows + i_cg * (STRIP * BK) + o_tk), EXACT)
         b_dv = b_Y * b_b[None, :]
-        b_dS -= write_product(b_dv, b_ks, b_k, EXACT)
-        b_dS = b_dS * b_entry[None, :]
+        if HAS_DO:
+            b_q = tl.load(q_rows + i_cg * (STRIP * BK) + o_tk)
+            b_x = write_products(b_do, b_qs, b_q, -b_dv, b_ks, b_k, EXACT)
+        else:
+            b_x = write_product(-b_dv, b_ks, b_k, EXACT)
+        b_dS = (b_dS * b_total[None, :] + b_x) * b_entry[None, :]
         i_tg = (t_g + t_c) * G + i_g
         m_vt = m_v[:, None] & m_t[None, :]
         if HAS_DV:
