@@ -21,7 +21,7 @@ from kda_optimized.chunks import TOKEN_ROWS
 from kda_optimized.chunkwise import CHUNK, Call
 from kda_optimized.launch import strides
 from kda_optimized.launch_config import padded, tile
-from kda_optimized.packing import Schedule, schedule
+from kda_optimized.packing import Schedule, Segments, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPANS = (64, 32, 16)
+# A cut sequence is walked twice more in either direction and once for both: fewer pieces do not pay.
+LEAST_PIECES = 4
 # Gradients that the last kernel makes, and those for which errors and pulled cotangents are needed.
 BY_CHANNEL = frozenset(("q", "k", "g", "A_log", "dt_bias"))
 BY_PAIR = BY_CHANNEL | {"beta"}
@@ -67,6 +69,9 @@ class Walked(NamedTuple):
     dstates: Scaled
     errors: Scaled
     pulled: Scaled
+
+
+NOTHING = Walked(*(Scaled(None, None) for _ in Walked._fields))
 
 
 @dataclass(frozen=True)
@@ -200,34 +205,101 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Walked]:
     }  # fmt: skip
     call.start(kda_chunk_bwd_prepare_kernel, call.schedule.num_chunks * sizes["G"], arguments)
 
-    programs = x.num_sequences * sizes["G"] * -(-sizes["V"] // run.value_tile())
-    walked = run.walked()
-    shared = {
-        **common, "cu_seqlens": call.schedule.cu_seqlens,
-        "k_rows": k_rows, "pull_rows": pull_rows, "tokens": rows.tokens, "decay": rows.decay,
-        "chunk_offsets": call.schedule.chunk_offsets, "span_offsets": run.spans.chunk_offsets, "SPAN": run.spans.chunk_len // CHUNK,
-    }  # fmt: skip
-    if run.by_pair:
-        arguments = {
-            **shared, **call.tensors("v"), "solve": solve, **walked.states.arguments("states", "state_scales"),
-            **walked.errors.arguments("errors", "error_scales"), "initial_state": x.initial_state,
-            **call.state_strides("i", x.initial_state), "HAS_INITIAL": x.initial_state is not None, "HAS_STATES": run.by_channel,
-        }  # fmt: skip
-        call.start(kda_chunk_bwd_states_kernel, programs, arguments)
-
+    walked, span = run.walked(), run.spans.chunk_len // CHUNK
+    walks = Walks(run, rows, pull_rows, mix, solve, call.cut(kda_chunk_bwd_states_kernel, LEAST_PIECES, span))
     found |= run.new_gradients("v")
     if "initial_state" in run.needed:
         found["initial_state"] = call.new_state()
-    dv, dinitial = found.get("v"), found.get("initial_state")
-    arguments = {
-        **shared, **run.cotangent(), "q_rows": q_rows, "mix": mix, "dv": dv, "HAS_DV": dv is not None,
-        "dfinal_state": run.dfinal_state, **call.state_strides("f", run.dfinal_state), "HAS_DFINAL": run.dfinal_state is not None,
-        "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
-        **walked.dstates.arguments("dstates", "dstate_scales"), **walked.pulled.arguments("pulled", "pulled_scales"),
-        "HAS_STATES": run.by_channel, "HAS_PULLED": run.by_pair,
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_walk_kernel, programs, arguments)
+    start, end = x.initial_state, run.dfinal_state
+    dinitial = found.get("initial_state")
+    if walks.pieces is not None:
+        start, end = walks.joined(walks.pieces, dinitial)
+        dinitial = None
+    if run.by_pair:
+        walks.states(start, None, walked)
+    walks.back(end, dinitial, walked, found.get("v"))
     return rows, walked
+
+
+@dataclass(frozen=True)
+class Walks:
+    """The walks along the chunks of a backward, over whole sequences or over pieces of them.
+
+    Attributes
+    ----------
+    run
+        The backward.
+    rows, pull_rows, mix, solve
+        What the first kernel wrote.
+    pieces
+        What is walked side by side, ``None`` for whole sequences. States of pieces are ``[num_segments, G, K, V]``.
+    """
+
+    run: Backward
+    rows: Rows
+    pull_rows: Tensor
+    mix: Tensor
+    solve: Tensor
+    pieces: Segments | None
+
+    def joined(self, pieces: Segments, dinitial: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Return the state before each piece, where it is needed, and the cotangent of the state after each; fill in ``dinitial``."""
+        run, call = self.run, self.run.call
+        k, v = call.sizes["K"], call.sizes["V"]
+        maps, shifts, dshifts = (call.new(pieces.num_segments, call.sizes["G"], k, width) for width in (k, v, v))
+        self.states(None, maps, NOTHING, V=k, IDENTITY=True, HAS_VALUES=False)
+        starts = None
+        if run.by_pair:
+            self.states(None, shifts, NOTHING)
+            starts = call.join(pieces, maps, shifts, call.inputs.initial_state, None)
+        self.back(None, dshifts, NOTHING, None)
+        return starts, call.join(pieces, maps, dshifts, run.dfinal_state, dinitial, back=True)
+
+    def states(self, start: Tensor | None, end: Tensor | None, walked: Walked, **changes: Any) -> None:  # noqa: ANN401 - a kernel's arguments
+        """Walk from the state ``start``, or from zero, to the state ``end``; fill in what is asked for of ``walked``."""
+        arguments = {
+            **self._shared(walked.states.values), **self.run.call.tensors("v"), "solve": self.solve,
+            **walked.states.arguments("states", "state_scales"), **walked.errors.arguments("errors", "error_scales"),
+            "initial_state": start, **self._strides("i", start), "HAS_INITIAL": start is not None,
+            "final_state": end, **self._strides("f", end), "HAS_FINAL": end is not None,
+            "IDENTITY": False, "HAS_VALUES": True, "HAS_ERRORS": walked.errors.values is not None, **changes,
+        }  # fmt: skip
+        self._start(kda_chunk_bwd_states_kernel, arguments)
+
+    def back(self, end: Tensor | None, start: Tensor | None, walked: Walked, dv: Tensor | None) -> None:
+        """Walk from the cotangent of the state ``end``, or from zero, to that of ``start``; fill in what is asked for of the others."""
+        arguments = {
+            **self._shared(walked.dstates.values), **self.run.cotangent(), "q_rows": self.rows.q_rows, "mix": self.mix,
+            "dv": dv, "HAS_DV": dv is not None,
+            "dfinal_state": end, **self._strides("f", end), "HAS_DFINAL": end is not None,
+            "dinitial_state": start, **self._strides("i", start), "HAS_DINITIAL": start is not None,
+            **walked.dstates.arguments("dstates", "dstate_scales"), **walked.pulled.arguments("pulled", "pulled_scales"),
+            "HAS_PULLED": walked.pulled.values is not None,
+        }  # fmt: skip
+        self._start(kda_chunk_bwd_walk_kernel, arguments)
+
+    def _shared(self, states: Tensor | None) -> dict[str, Any]:
+        run, call, pieces = self.run, self.run.call, self.pieces
+        tables = {
+            "cu_seqlens": call.schedule.cu_seqlens, "chunk_offsets": call.schedule.chunk_offsets,
+            "span_offsets": run.spans.chunk_offsets,
+        }  # fmt: skip
+        if pieces is not None:
+            tables = {
+                "cu_seqlens": pieces.cu_seqlens, "chunk_offsets": pieces.chunk_offsets, "span_offsets": pieces.span_offsets,
+            }  # fmt: skip
+        return {
+            **run.common(), **tables, "k_rows": self.rows.k_rows, "pull_rows": self.pull_rows, "tokens": self.rows.tokens,
+            "decay": self.rows.decay, "SPAN": run.spans.chunk_len // CHUNK, "HAS_STATES": states is not None,
+        }  # fmt: skip
+
+    def _strides(self, letter: str, state: Tensor | None) -> dict[str, int]:
+        return self.run.call.state_strides(letter, state) if self.pieces is None else strides(letter, "ngkv", state)
+
+    def _start(self, kernel: Any, arguments: dict[str, Any]) -> None:  # noqa: ANN401 - a Triton function
+        call = self.run.call
+        count = call.inputs.num_sequences if self.pieces is None else self.pieces.num_segments
+        call.start(kernel, count * call.sizes["G"] * -(-arguments["V"] // arguments["BV"]), arguments)
 
 
 def _written(run: Backward, found: dict[str, Tensor], staged: int | None) -> dict[str, Tensor]:

@@ -14,7 +14,14 @@ of tokens is ``-dV w^T``. Layout and formats are those of :mod:`kda_optimized.ba
 import triton
 import triton.language as tl
 
-from kda_optimized.backward_states import load_state, pair_planes, read_product, store_columns, write_product
+from kda_optimized.backward_states import (
+    load_state,
+    pair_planes,
+    read_product,
+    store_columns,
+    store_state,
+    write_product,
+)
 from kda_optimized.chunks import BETA, K_SCALE, PULL_SCALE, Q_SCALE, TOKEN_ROWS, locate_sequence
 from kda_optimized.products import half_scale
 from kda_optimized.strips import STRIP
@@ -44,7 +51,7 @@ def kda_chunk_bwd_walk_kernel(
     HAS_DO: tl.constexpr, HAS_DFINAL: tl.constexpr, HAS_DINITIAL: tl.constexpr, HAS_DV: tl.constexpr, HAS_PULLED: tl.constexpr,
     HAS_STATES: tl.constexpr,
 ):  # fmt: skip
-    """Walk back along one sequence of one value head, for BV of its value channels."""
+    """Walk back along one segment of one value head, for BV of its value channels."""
     PLANES: tl.constexpr = 1 if EXACT else 2
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -157,4 +164,4 @@ def kda_chunk_bwd_walk_kernel(
 
     if HAS_DINITIAL:
         p_s = dinitial_state + i_n.to(tl.int64) * stride_in + i_g.to(tl.int64) * stride_ig
-        tl.store(p_s + o_v.to(tl.int64)[:, None] * stride_iv + o_k.to(tl.int64)[None, :] * stride_ik, b_dS, mask=m_vk)
+        store_state(p_s, b_dS, o_v, o_k, m_vk, stride_ik, stride_iv)
