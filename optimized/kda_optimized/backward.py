@@ -19,7 +19,7 @@ from kda_optimized.backward_states import kda_chunk_bwd_states_kernel
 from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
 from kda_optimized.chunks import TOKEN_ROWS
 from kda_optimized.chunkwise import CHUNK, Call
-from kda_optimized.launch import strides
+from kda_optimized.launch import beside, strides
 from kda_optimized.launch_config import padded, tile
 from kda_optimized.packing import Schedule, Segments, schedule
 
@@ -215,9 +215,12 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Walked]:
     if walks.pieces is not None:
         start, end = walks.joined(walks.pieces, dinitial)
         dinitial = None
-    if run.by_pair:
-        walks.states(start, None, walked)
-    walks.back(end, dinitial, walked, found.get("v"))
+    with beside(call.device) as second:
+        if run.by_pair:
+            # Neither walk needs the other.
+            with torch.cuda.stream(second):
+                walks.states(start, None, walked)
+        walks.back(end, dinitial, walked, found.get("v"))
     return rows, walked
 
 
