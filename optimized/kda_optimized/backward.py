@@ -278,6 +278,7 @@ class Walks:
             "dinitial_state": start, **self._strides("i", start), "HAS_DINITIAL": start is not None,
             **walked.dstates.arguments("dstates", "dstate_scales"), **walked.pulled.arguments("pulled", "pulled_scales"),
             "HAS_PULLED": walked.pulled.values is not None,
+            "WHOLE": self.run.do is not None and self.run.do.dtype == torch.bfloat16 and not self.run.call.exact,
         }  # fmt: skip
         self._start(kda_chunk_bwd_walk_kernel, arguments)
 

@@ -78,11 +78,16 @@ def read_product(b_x, b_rows, b_s, EXACT: tl.constexpr):
 
 
 @triton.jit
-def pair_planes(b_x, p_a, o_tt, EXACT: tl.constexpr):
-    """Return ``x a`` ``[BV, 16]`` for a matrix of pairs written by ``store_planes``; ``o_tt`` may transpose it."""
+def pair_planes(b_x, p_a, o_tt, EXACT: tl.constexpr, WHOLE: tl.constexpr):
+    """Return ``x a`` ``[BV, 16]`` for a matrix of pairs written by ``store_planes``; ``o_tt`` may transpose it.
+
+    A ``WHOLE`` ``x`` is bfloat16, so its own upper part.
+    """
     b_a = tl.load(p_a + o_tt)
     if EXACT:
         b_o = tl.dot(b_x, b_a, input_precision="ieee")
+    elif WHOLE:
+        b_o = tl.dot(b_x, b_a, tl.dot(b_x, tl.load(p_a + STRIP * STRIP + o_tt)))
     else:
         b_h, b_l = split(b_x)
         b_o = dot_split(b_h, b_l, b_a, tl.load(p_a + STRIP * STRIP + o_tt))
@@ -136,17 +141,17 @@ def kda_chunk_bwd_states_kernel(
         )
 
     p_v = v + i_b * stride_vb + i_g.to(tl.int64) * stride_vh + t_0 * stride_vt
-    o_vt = o_t.to(tl.int64)[None, :] * stride_vt + o_v.to(tl.int64)[:, None] * stride_vv
+    o_tv = o_t.to(tl.int64)[:, None] * stride_vt + o_v.to(tl.int64)[None, :] * stride_vv
     step_v = tl.full((), STRIP, tl.int64) * stride_vt
     p_token = tokens + (c_0 * G + i_g) * (TOKEN_ROWS * STRIP) + o_t
     p_decay = decay + (c_0 * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead.
     m_next = o_t < n_t
     m_more = (o_k >= 0) & (n_c > 0)
-    b_v = tl.zeros((BV, STRIP), dtype=v.dtype.element_ty)
+    b_v = tl.zeros((STRIP, BV), dtype=v.dtype.element_ty)
     b_v_next = b_v
     if HAS_VALUES:
-        b_v = tl.load(p_v + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0)
+        b_v = tl.load(p_v + o_tv, mask=m_next[:, None] & m_v[None, :], other=0.0)
     b_ks = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
     b_ps = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
     b_b = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
@@ -164,19 +169,19 @@ def kda_chunk_bwd_states_kernel(
         m_next = t_c + STRIP + o_t < n_t
         m_more = (o_k >= 0) & (i_t + 1 < n_c)
         if HAS_VALUES:
-            b_v_next = tl.load(p_v + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0)
+            b_v_next = tl.load(p_v + o_tv, mask=m_next[:, None] & m_v[None, :], other=0.0)
         b_ks_next = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
         b_ps_next = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
         b_b_next = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
         b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
         b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
         b_S = b_S * b_entry[None, :]
-        b_u = b_v.to(tl.float32) - read_product(b_S, b_k, b_ks, EXACT)
+        b_u = tl.trans(b_v).to(tl.float32) - read_product(b_S, b_k, b_ks, EXACT)
         b_w = b_u * b_b[None, :]
         b_S = b_S * b_total[None, :]
         b_S += write_product(b_w, b_ps, b_p, EXACT)
         if HAS_ERRORS:
-            b_e = b_u - pair_planes(b_w, solve + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT)
+            b_e = b_u - pair_planes(b_w, solve + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT, WHOLE=False)
             i_tg = (t_g + t_c) * G + i_g
             store_columns(
                 errors + i_tg * V + o_y, error_scales + i_tg * NV + o_ys, b_e, m_v[:, None] & m_t[None, :], m_t, EXACT
