@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 LOG_LOG2_E = tl.constexpr(0.36651292058166435)
 L2NORM_EPSILON = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-128.0)
 LARGEST_EXPONENT = tl.constexpr(88.0)
-# Below this, softplus(x) and sigmoid(x) are exp(x) to less than half a unit in the last place of float32.
-EXPONENTIAL_TAIL = tl.constexpr(-17.0)
 # Beyond this, sigmoid(z) (1 - sigmoid(z)) z is zero in float32.
 SATURATED = tl.constexpr(128.0)
 
@@ -111,19 +110,23 @@ def log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: 
 
 
 @triton.jit
-def log_decay_pullback(b_dg, b_x, b_A, b_slope, lower_bound, BOUNDED: tl.constexpr):
-    """Return the gradient of the biased logits, and each element's part of the gradient of ``A``, from that of the log decay."""
+def log_decay_pullback(b_dg, b_g, b_x, b_A, b_slope, lower_bound, BOUNDED: tl.constexpr):
+    """Return the gradient of the biased logits, and each element's part of the gradient of ``A``, from that of the log decay.
+
+    ``b_g`` is what :func:`log2_decay` makes of the logits.
+    """
     if BOUNDED:
         b_z = b_slope * b_x
-        b_dz = b_dg * (lower_bound * sigmoid(b_z) * sigmoid(-b_z))
+        b_e = exp(-tl.abs(b_z))
+        b_dz = b_dg * (lower_bound * b_e / ((1.0 + b_e) * (1.0 + b_e)))
         b_dA = b_dz * tl.minimum(tl.maximum(b_z, -SATURATED), SATURATED)
         b_dx = b_dz * b_slope
     else:
-        b_tail = exp(tl.minimum(b_A + b_x, LARGEST_EXPONENT))
-        b_t = b_x < EXPONENTIAL_TAIL
-        b_dx = -b_dg * tl.where(b_t, b_tail, b_slope * sigmoid(b_x))
-        # A gate closed beyond float32 has a gradient of exactly zero, which must not meet an infinite log decay.
-        b_dA = -b_dg * tl.minimum(tl.where(b_t, b_tail, b_slope * softplus(b_x)), 1e30)
+        # exp(A) sigmoid(x), with one exponential above, so that a large A still meets a small sigmoid.
+        b_e = exp(tl.minimum(b_A + tl.minimum(b_x, 0.0), LARGEST_EXPONENT))
+        b_dx = -b_dg * (b_e / (1.0 + exp(-tl.abs(b_x))))
+        # A log decay is its own derivative by A. One that was limited decays to zero, and so has a gradient of exactly zero.
+        b_dA = b_dg * (b_g * LN_2)
     return b_dx, b_dA
 
 

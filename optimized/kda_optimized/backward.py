@@ -19,9 +19,9 @@ from kda_optimized.backward_states import kda_chunk_bwd_states_kernel
 from kda_optimized.backward_walk import kda_chunk_bwd_walk_kernel
 from kda_optimized.chunks import TOKEN_ROWS
 from kda_optimized.chunkwise import CHUNK, Call
-from kda_optimized.launch import strides
+from kda_optimized.launch import beside, strides
 from kda_optimized.launch_config import padded, tile
-from kda_optimized.packing import Schedule, schedule
+from kda_optimized.packing import Schedule, Segments, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPANS = (64, 32, 16)
+# A cut sequence is walked twice more in either direction and once for both: fewer pieces do not pay.
+LEAST_PIECES = 4
 # Gradients that the last kernel makes, and those for which errors and pulled cotangents are needed.
 BY_CHANNEL = frozenset(("q", "k", "g", "A_log", "dt_bias"))
 BY_PAIR = BY_CHANNEL | {"beta"}
 ROWS_PER_PROGRAM = 32
-# Gradients of pairs are written and read back at once: as many spans at a time as fill a device several times and hardly outgrow its cache.
+# Gradients of pairs, and of q and k where they are staged, are written and read back at once: as many spans at a time as fill a device
+# several times and hardly outgrow its cache.
 SCRATCH_BYTES = 2**26
 
 
@@ -66,6 +69,9 @@ class Walked(NamedTuple):
     dstates: Scaled
     errors: Scaled
     pulled: Scaled
+
+
+NOTHING = Walked(*(Scaled(None, None) for _ in Walked._fields))
 
 
 @dataclass(frozen=True)
@@ -199,60 +205,135 @@ def _walk(run: Backward, found: dict[str, Tensor]) -> tuple[Rows, Walked]:
     }  # fmt: skip
     call.start(kda_chunk_bwd_prepare_kernel, call.schedule.num_chunks * sizes["G"], arguments)
 
-    programs = x.num_sequences * sizes["G"] * -(-sizes["V"] // run.value_tile())
-    walked = run.walked()
-    shared = {
-        **common, "cu_seqlens": call.schedule.cu_seqlens,
-        "k_rows": k_rows, "pull_rows": pull_rows, "tokens": rows.tokens, "decay": rows.decay,
-        "chunk_offsets": call.schedule.chunk_offsets, "span_offsets": run.spans.chunk_offsets, "SPAN": run.spans.chunk_len // CHUNK,
-    }  # fmt: skip
-    if run.by_pair:
-        arguments = {
-            **shared, **call.tensors("v"), "solve": solve, **walked.states.arguments("states", "state_scales"),
-            **walked.errors.arguments("errors", "error_scales"), "initial_state": x.initial_state,
-            **call.state_strides("i", x.initial_state), "HAS_INITIAL": x.initial_state is not None, "HAS_STATES": run.by_channel,
-        }  # fmt: skip
-        call.start(kda_chunk_bwd_states_kernel, programs, arguments)
-
+    walked, span = run.walked(), run.spans.chunk_len // CHUNK
+    walks = Walks(run, rows, pull_rows, mix, solve, call.cut(kda_chunk_bwd_states_kernel, LEAST_PIECES, span))
     found |= run.new_gradients("v")
     if "initial_state" in run.needed:
         found["initial_state"] = call.new_state()
-    dv, dinitial = found.get("v"), found.get("initial_state")
-    arguments = {
-        **shared, **run.cotangent(), "q_rows": q_rows, "mix": mix, "dv": dv, "HAS_DV": dv is not None,
-        "dfinal_state": run.dfinal_state, **call.state_strides("f", run.dfinal_state), "HAS_DFINAL": run.dfinal_state is not None,
-        "dinitial_state": dinitial, **call.state_strides("i", dinitial), "HAS_DINITIAL": dinitial is not None,
-        **walked.dstates.arguments("dstates", "dstate_scales"), **walked.pulled.arguments("pulled", "pulled_scales"),
-        "HAS_STATES": run.by_channel, "HAS_PULLED": run.by_pair,
-    }  # fmt: skip
-    call.start(kda_chunk_bwd_walk_kernel, programs, arguments)
+    start, end = x.initial_state, run.dfinal_state
+    dinitial = found.get("initial_state")
+    if walks.pieces is not None:
+        start, end = walks.joined(walks.pieces, dinitial)
+        dinitial = None
+    with beside(call.device) as second:
+        if run.by_pair:
+            # Neither walk needs the other.
+            with torch.cuda.stream(second):
+                walks.states(start, None, walked)
+        walks.back(end, dinitial, walked, found.get("v"))
     return rows, walked
 
 
-def _written(run: Backward, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what the last kernel writes of q, k and g: their gradients, or by value head and in float32 where heads are shared.
+@dataclass(frozen=True)
+class Walks:
+    """The walks along the chunks of a backward, over whole sequences or over pieces of them.
+
+    Attributes
+    ----------
+    run
+        The backward.
+    rows, pull_rows, mix, solve
+        What the first kernel wrote.
+    pieces
+        What is walked side by side, ``None`` for whole sequences. States of pieces are ``[num_segments, G, K, V]``.
+    """
+
+    run: Backward
+    rows: Rows
+    pull_rows: Tensor
+    mix: Tensor
+    solve: Tensor
+    pieces: Segments | None
+
+    def joined(self, pieces: Segments, dinitial: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Return the state before each piece, where it is needed, and the cotangent of the state after each; fill in ``dinitial``."""
+        run, call = self.run, self.run.call
+        k, v = call.sizes["K"], call.sizes["V"]
+        maps, shifts, dshifts = (call.new(pieces.num_segments, call.sizes["G"], k, width) for width in (k, v, v))
+        self.states(None, maps, NOTHING, V=k, IDENTITY=True, HAS_VALUES=False)
+        starts = None
+        if run.by_pair:
+            self.states(None, shifts, NOTHING)
+            starts = call.join(pieces, maps, shifts, call.inputs.initial_state, None)
+        self.back(None, dshifts, NOTHING, None)
+        return starts, call.join(pieces, maps, dshifts, run.dfinal_state, dinitial, back=True)
+
+    def states(self, start: Tensor | None, end: Tensor | None, walked: Walked, **changes: Any) -> None:  # noqa: ANN401 - a kernel's arguments
+        """Walk from the state ``start``, or from zero, to the state ``end``; fill in what is asked for of ``walked``."""
+        arguments = {
+            **self._shared(walked.states.values), **self.run.call.tensors("v"), "solve": self.solve,
+            **walked.states.arguments("states", "state_scales"), **walked.errors.arguments("errors", "error_scales"),
+            "initial_state": start, **self._strides("i", start), "HAS_INITIAL": start is not None,
+            "final_state": end, **self._strides("f", end), "HAS_FINAL": end is not None,
+            "IDENTITY": False, "HAS_VALUES": True, "HAS_ERRORS": walked.errors.values is not None, **changes,
+        }  # fmt: skip
+        self._start(kda_chunk_bwd_states_kernel, arguments)
+
+    def back(self, end: Tensor | None, start: Tensor | None, walked: Walked, dv: Tensor | None) -> None:
+        """Walk from the cotangent of the state ``end``, or from zero, to that of ``start``; fill in what is asked for of the others."""
+        arguments = {
+            **self._shared(walked.dstates.values), **self.run.cotangent(), "q_rows": self.rows.q_rows, "mix": self.mix,
+            "dv": dv, "HAS_DV": dv is not None,
+            "dfinal_state": end, **self._strides("f", end), "HAS_DFINAL": end is not None,
+            "dinitial_state": start, **self._strides("i", start), "HAS_DINITIAL": start is not None,
+            **walked.dstates.arguments("dstates", "dstate_scales"), **walked.pulled.arguments("pulled", "pulled_scales"),
+            "HAS_PULLED": walked.pulled.values is not None,
+            "WHOLE": self.run.do is not None and self.run.do.dtype == torch.bfloat16 and not self.run.call.exact,
+        }  # fmt: skip
+        self._start(kda_chunk_bwd_walk_kernel, arguments)
+
+    def _shared(self, states: Tensor | None) -> dict[str, Any]:
+        run, call, pieces = self.run, self.run.call, self.pieces
+        tables = {
+            "cu_seqlens": call.schedule.cu_seqlens, "chunk_offsets": call.schedule.chunk_offsets,
+            "span_offsets": run.spans.chunk_offsets,
+        }  # fmt: skip
+        if pieces is not None:
+            tables = {
+                "cu_seqlens": pieces.cu_seqlens, "chunk_offsets": pieces.chunk_offsets, "span_offsets": pieces.span_offsets,
+            }  # fmt: skip
+        return {
+            **run.common(), **tables, "k_rows": self.rows.k_rows, "pull_rows": self.pull_rows, "tokens": self.rows.tokens,
+            "decay": self.rows.decay, "SPAN": run.spans.chunk_len // CHUNK, "HAS_STATES": states is not None,
+        }  # fmt: skip
+
+    def _strides(self, letter: str, state: Tensor | None) -> dict[str, int]:
+        return self.run.call.state_strides(letter, state) if self.pieces is None else strides(letter, "ngkv", state)
+
+    def _start(self, kernel: Any, arguments: dict[str, Any]) -> None:  # noqa: ANN401 - a Triton function
+        call = self.run.call
+        count = call.inputs.num_sequences if self.pieces is None else self.pieces.num_segments
+        call.start(kernel, count * call.sizes["G"] * -(-arguments["V"] // arguments["BV"]), arguments)
+
+
+def _written(run: Backward, found: dict[str, Tensor], staged: int | None) -> dict[str, Tensor]:
+    """Return what the kernel of channels writes of q, k and g: their gradients, or of q and k those of ``staged`` spans in float32.
 
     All three are written whoever asks: without one of these stores the compiler lays the sums for A_log and dt_bias out anew, and so adds
     in another order.
     """
-    call, x = run.call, run.call.inputs
-    dtypes = {name: getattr(x, name).dtype for name in ("q", "k", "g")}
-    own = found
-    if call.sizes["H"] != call.sizes["G"]:
-        dtypes |= {"q": torch.float32, "k": torch.float32}
-        own = {name: tensor for name, tensor in found.items() if name == "g"}
-    return {name: own[name] if name in own else call.new(*x.g.shape, dtype=dtype) for name, dtype in dtypes.items()}
+    call, x, sizes = run.call, run.call.inputs, run.call.sizes
+    names = ("q", "k", "g") if staged is None else ("g",)
+    own = {name: found[name] if name in found else call.new(*x.g.shape, dtype=getattr(x, name).dtype) for name in names}
+    if staged is not None:
+        own |= {name: call.new(staged, run.spans.chunk_len, sizes["G"], sizes["K"]) for name in ("q", "k")}
+    return own
 
 
 def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walked) -> None:
     """Fill in the gradients of q, k, beta, the gate and its parameters, some spans at a time."""
     call, x, sizes, spans = run.call, run.call.inputs, run.call.sizes, run.spans
-    shared_heads = sizes["H"] != sizes["G"]
+    width, config = padded(sizes["K"]), call.config(kda_chunk_bwd_channels_kernel)
+    slab = tile(config.block_k, width)
+    slabs = min(config.num_warps, width // slab)
+    parts = width // (slab * slabs)
+    staged = sizes["H"] != sizes["G"] or (parts > 1 and x.use_qk_l2norm_in_kernel)
+    per_token = 8 * spans.chunk_len + (8 * sizes["K"] if staged else 0)
+    at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (per_token * sizes["G"] * spans.chunk_len)))
     found |= run.new_gradients("q", "k", "g", "beta")
-    written = _written(run, found) if run.by_channel else {}
-    at_once = max(1, min(spans.num_chunks, SCRATCH_BYTES // (8 * sizes["G"] * spans.chunk_len**2)))
+    written = _written(run, found, at_once if staged else None) if run.by_channel else {}
     dscores = call.new(at_once, sizes["G"], 2, spans.chunk_len, spans.chunk_len) if run.by_channel else None
-    slope_parts = call.per_chunk() if "A_log" in run.needed else None
+    slope_parts = call.per_chunk(parts) if "A_log" in run.needed else None
     bias_parts = call.per_chunk(sizes["K"]) if "dt_bias" in run.needed else None
     shared = {
         **run.common(), **run.cotangent(), **walked.errors.arguments("errors", "error_scales"),
@@ -267,27 +348,26 @@ def _gradients(run: Backward, found: dict[str, Tensor], rows: Rows, walked: Walk
         **walked.dstates.arguments("dstates", "dstate_scales"), **call.pick("H"),
         **{f"d{name}": tensor for name, tensor in written.items()},
         "dA_parts": slope_parts, "HAS_DA": slope_parts is not None, "dbias_parts": bias_parts, "HAS_DBIAS": bias_parts is not None,
-        "chunk_offsets": call.schedule.chunk_offsets,
-        "BC": tile(call.config(kda_chunk_bwd_channels_kernel).block_k, padded(sizes["K"])),
+        "chunk_offsets": call.schedule.chunk_offsets, "BC": slab, "W": slabs, "STAGED": staged,
         "scale": x.effective_scale, "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-        "PULL_NORM": x.use_qk_l2norm_in_kernel and not shared_heads,
+    }  # fmt: skip
+    rows_at_once = min(ROWS_PER_PROGRAM, spans.chunk_len)
+    heads = {
+        **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": written.get("q"), "dk_G": written.get("k"),
+        **gradients(q=found.get("q"), k=found.get("k")),
+        "span_table": spans.chunk_table, "T": x.q.shape[1], "BT": spans.chunk_len, "BR": rows_at_once, "BK": width,
+        "USE_L2NORM": x.use_qk_l2norm_in_kernel,
     }  # fmt: skip
     for first in range(0, spans.num_chunks, at_once):
-        programs = min(at_once, spans.num_chunks - first) * sizes["G"]
-        call.start(kda_chunk_bwd_pairs_kernel, programs, {**pairs, "first_span": first})
+        count, place = min(at_once, spans.num_chunks - first), {"first_span": first}
+        call.start(kda_chunk_bwd_pairs_kernel, count * sizes["G"], pairs | place)
         if run.by_channel:
-            call.start(kda_chunk_bwd_channels_kernel, programs, {**channels, "first_span": first})
-    if shared_heads and ("q" in found or "k" in found):
-        num_tokens = x.q.shape[0] * x.q.shape[1]
-        arguments = {
-            **call.tensors("q", "k"), **call.pick("H", "G", "K"), "dq_G": written["q"], "dk_G": written["k"],
-            **gradients(q=found.get("q"), k=found.get("k")),
-            "T": x.q.shape[1], "num_tokens": num_tokens, "BT": ROWS_PER_PROGRAM, "BK": padded(sizes["K"]),
-            "USE_L2NORM": x.use_qk_l2norm_in_kernel,
-        }  # fmt: skip
-        call.start(kda_chunk_bwd_heads_kernel, -(-num_tokens // ROWS_PER_PROGRAM) * sizes["H"], arguments)
+            call.start(kda_chunk_bwd_channels_kernel, count * sizes["G"] * parts, channels | place)
+        if staged and ("q" in found or "k" in found):
+            programs = count * sizes["H"] * (spans.chunk_len // rows_at_once)
+            call.start(kda_chunk_bwd_heads_kernel, programs, heads | place)
     # The second stage of these sums runs in a fixed order too.
     if slope_parts is not None:
-        found["A_log"] = slope_parts.sum(0)
+        found["A_log"] = slope_parts.sum((0, 2))
     if bias_parts is not None:
         found["dt_bias"] = bias_parts.sum(0).flatten()

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""Fifth backward kernel: gradients of q, k and the gate, one program per span of N chunks and value head.
+"""Fifth backward kernel: gradients of q, k and the gate, one program per span of N chunks, value head and W slabs of channels.
 
 With S the state before a span, dS the cotangent of the state after it, and the cotangents of the scores from
 :mod:`kda_optimized.backward_pairs`, token i receives what it reads, and gives what it wrote:
@@ -25,10 +25,12 @@ from kda_optimized.backward_tiles import (
     across_strips,
     add_pairs,
     add_tokens,
+    as_product,
     decays,
     decays_through,
     later_half,
     load_channels,
+    neighbour_gradients,
     slab_product,
     unit_pullback,
     zero_product,
@@ -48,9 +50,13 @@ from kda_optimized.strips import STRIP, STRIP_LEVELS
 
 
 @triton.jit
-def load_span_state(p_x, p_s, o_k, o_v, i_v, V: tl.constexpr, BK: tl.constexpr):
+def load_span_state(p_x, p_s, o_k, i_v, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """Load ``[W, BC, BV]`` of a stored state, as stored, and the scales ``[W, BC]`` of that tile."""
-    b_x = tl.load(p_x + o_v[None, None, :] * BK + o_k[:, :, None], mask=(o_v < V)[None, None, :], other=0.0)
+    o_v = tl.arange(0, BV)
+    # What does not depend on the tile apart, so that it becomes an offset in the instruction.
+    p_x += i_v * (BV * BK) + (o_v[None, None, :] * BK + o_k[:, :, None])
+    m_v = (i_v * BV + o_v < V) | (V % BV == 0)
+    b_x = tl.load(p_x, mask=m_v[None, None, :], other=0.0)
     return b_x, tl.load(p_s + i_v * BK + o_k)
 
 
@@ -62,17 +68,18 @@ def kda_chunk_bwd_channels_kernel(
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_gb, stride_gt, stride_gh, stride_gk, stride_ob, stride_ot, stride_oh, stride_ov, scale, lower_bound, T,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-    BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr, USE_L2NORM: tl.constexpr, PULL_NORM: tl.constexpr, USE_GATE: tl.constexpr,
-    BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    W: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, HAS_DO: tl.constexpr, STAGED: tl.constexpr, USE_L2NORM: tl.constexpr,
+    USE_GATE: tl.constexpr, BOUNDED: tl.constexpr, HAS_A_LOG: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
     HAS_DA: tl.constexpr, HAS_DBIAS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one span and value head; those of q and k before the norm where PULL_NORM, else of its results."""
+    """Write the gradients of one span, value head and W slabs; where STAGED, those of the normalised q and k, for the last kernel."""
     N: tl.constexpr = BT // STRIP
     NV: tl.constexpr = (V + BV - 1) // BV
-    W: tl.constexpr = BK // BC
-    i_p = tl.program_id(0) // G
+    PARTS: tl.constexpr = BK // (W * BC)
+    i_w = tl.program_id(0) % PARTS
+    i_p = tl.program_id(0) // PARTS // G
     i_s = first_span + i_p
-    i_g = tl.program_id(0) % G
+    i_g = tl.program_id(0) // PARTS % G
     i_h = i_g // (G // H)
     i_b, t_0, t_g, n_t = locate_chunk(i_s, span_table, T)
     c_0 = tl.load(chunk_offsets + tl.load(span_table + 5 * i_s + 3)) + tl.load(span_table + 5 * i_s + 4) * N
@@ -80,7 +87,7 @@ def kda_chunk_bwd_channels_kernel(
     n_s = tl.minimum(N, (n_t + STRIP - 1) // STRIP).to(tl.int32)
     o_n = tl.arange(0, N)[:, None, None]
     o_t = tl.arange(0, STRIP)
-    o_k = tl.arange(0, W)[:, None] * BC + tl.arange(0, BC)[None, :]  # [W, BC]
+    o_k = (i_w * W + tl.arange(0, W))[:, None] * BC + tl.arange(0, BC)[None, :]  # [W, BC]
     o_x = o_t[None, None, :] * BK + o_k[:, :, None]  # [W, BC, 16]
     m_k = o_k < K
     m_before = o_t[:, None] > o_t[None, :]  # of each row, tokens before it, and so on
@@ -113,7 +120,7 @@ def kda_chunk_bwd_channels_kernel(
         b_dr = tl.zeros((W, BC, STRIP), dtype=tl.float32)
         for i_v in range(NV):
             o_v = i_v * BV + tl.arange(0, BV)
-            b_dS, b_dSs = load_span_state(p_dstate, p_dstate_scale, o_k, o_v, i_v, V, BK)
+            b_dS, b_dSs = load_span_state(p_dstate, p_dstate_scale, o_k, i_v, V, BK, BV)
             b_e, b_es = load_scaled(errors, error_scales, i_tg, o_t, o_v, i_v, o_t < STRIP, G, V, NV)
             b_dr += slab_product(b_dS, tl.trans(b_e)) * b_dSs[:, :, None] * b_es[None, None, :]
         b_s = tl.load(p_token + BETA * STRIP) * tl.load(p_token + REST_SCALE * STRIP)
@@ -124,9 +131,8 @@ def kda_chunk_bwd_channels_kernel(
     b_F *= tl.load(p_decay) * tl.load(p_decay + BK)
     b_SdS = tl.zeros((W, BC, BV), dtype=tl.float32)
     for i_v in range(NV):
-        o_v = i_v * BV + tl.arange(0, BV)
-        b_S, b_Ss = load_span_state(p_state, p_state_scale, o_k, o_v, i_v, V, BK)
-        b_dS, b_dSs = load_span_state(p_dstate, p_dstate_scale, o_k, o_v, i_v, V, BK)
+        b_S, b_Ss = load_span_state(p_state, p_state_scale, o_k, i_v, V, BK, BV)
+        b_dS, b_dSs = load_span_state(p_dstate, p_dstate_scale, o_k, i_v, V, BK, BV)
         b_SdS += b_S.to(tl.float32) * b_dS.to(tl.float32) * (b_Ss * b_dSs)[:, :, None]
     b_through += (tl.sum(b_SdS, axis=2) * b_F)[None, :, :]
 
@@ -141,11 +147,12 @@ def kda_chunk_bwd_channels_kernel(
         b_b = tl.load(p_token + BETA * STRIP)
         i_tg = (t_g + i_a * STRIP) * G + i_g
 
-        # Written for dS, and for later strips, nearest first.
+        # Written for dS, and for later strips, nearest first; the gate is loaded ahead of what takes long.
+        b_g_raw = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
         b_dkr = tl.zeros((W, BC, STRIP), dtype=tl.float32)
         for i_v in range(NV):
             o_v = i_v * BV + tl.arange(0, BV)
-            b_dS, b_dSs = load_span_state(p_dstate, p_dstate_scale, o_k, o_v, i_v, V, BK)
+            b_dS, b_dSs = load_span_state(p_dstate, p_dstate_scale, o_k, i_v, V, BK, BV)
             b_e, b_es = load_scaled(errors, error_scales, i_tg, o_t, o_v, i_v, m_t, G, V, NV)
             b_dkr += slab_product(b_dS, tl.trans(b_e)) * b_dSs[:, :, None] * (b_es * b_b)[None, None, :]
         b_dkr *= b_end[:, :, None]
@@ -162,17 +169,18 @@ def kda_chunk_bwd_channels_kernel(
             b_F *= tl.load(p_decay)
             b_dkr += b_x * b_F[:, :, None]
             b_F *= tl.load(p_decay + BK)
-        b_g = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
-        b_g = log2_decay(b_g + b_bias[:, :, None], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
+        b_g = log2_decay(as_product(b_g_raw, EXACT) + b_bias[:, :, None], b_A, b_slope, lower_bound, USE_GATE, BOUNDED)
         b_g = tl.where(m_x, b_g, 0.0)
         b_dkr *= decays(b_g, m_after, b_none, EXACT)
 
-        # Read from S, and from earlier strips, nearest first.
+        # Read from S, and from earlier strips, nearest first; loaded ahead, too.
+        b_q_raw = load_channels(q, i_b, i_h, t_a, o_t, o_k, m_x, stride_qb, stride_qt, stride_qh, stride_qk)
+        b_k_raw = load_channels(k, i_b, i_h, t_a, o_t, o_k, m_x, stride_kb, stride_kt, stride_kh, stride_kk)
         b_dq = tl.zeros((W, BC, STRIP), dtype=tl.float32)
         b_dk = tl.zeros((W, BC, STRIP), dtype=tl.float32)
         for i_v in range(NV):
             o_v = i_v * BV + tl.arange(0, BV)
-            b_S, b_Ss = load_span_state(p_state, p_state_scale, o_k, o_v, i_v, V, BK)
+            b_S, b_Ss = load_span_state(p_state, p_state_scale, o_k, i_v, V, BK, BV)
             b_Y, b_Ys = load_scaled(pulled, pulled_scales, i_tg, o_t, o_v, i_v, m_t, G, V, NV)
             b_dk -= slab_product(b_S, tl.trans(b_Y)) * b_Ss[:, :, None] * (b_Ys * b_b)[None, None, :]
             if HAS_DO:
@@ -186,8 +194,8 @@ def kda_chunk_bwd_channels_kernel(
             b_F *= tl.load(p_decay) * tl.load(p_decay + BK)
         b_dq *= b_F[:, :, None]
         b_dk *= b_F[:, :, None]
-        b_q = load_channels(q, i_b, i_h, t_a, o_t, o_k, m_x, stride_qb, stride_qt, stride_qh, stride_qk)
-        b_k = load_channels(k, i_b, i_h, t_a, o_t, o_k, m_x, stride_kb, stride_kt, stride_kh, stride_kk)
+        b_q = as_product(b_q_raw, EXACT)
+        b_k = as_product(b_k_raw, EXACT)
         if USE_L2NORM:
             b_q *= tl.load(p_token + Q_NORM * STRIP)[None, None, :]
             b_k *= tl.load(p_token + K_NORM * STRIP)[None, None, :]
@@ -225,7 +233,13 @@ def kda_chunk_bwd_channels_kernel(
         b_dPT = tl.load(p_tt + o_later)[None, :, :] * scale + b_none
         b_dL = tl.load(p_tt + BT * BT + tl.where(m_before, o_earlier, o_later))[None, :, :] + b_none
         b_zero = tl.zeros((W, BC, STRIP), dtype=tl.float32)
-        for i_l in range(STRIP_LEVELS):
+        # The first level pairs neighbours, which lie side by side in registers.
+        p_one = p_tt + BT + tl.arange(0, STRIP // 2) * (2 * BT + 2)
+        b_yq, b_yk, b_y = neighbour_gradients(b_q, b_k, b_g, tl.load(p_one) * scale, tl.load(p_one + BT * BT))
+        b_dq += b_yq
+        b_dk += b_yk
+        b_dg += b_y
+        for i_l in range(1, STRIP_LEVELS):
             m_later = later_half(i_l, o_t[:, None], o_t[None, :])[None, :, :]
             m_earlier = later_half(i_l, o_t[None, :], o_t[:, None])[None, :, :]
             b_E = decays(b_g, decays_through(i_l, o_t[:, None], o_t[None, :]), b_none, EXACT)
@@ -239,19 +253,22 @@ def kda_chunk_bwd_channels_kernel(
             m_tt = decays_through(i_l, o_t[None, :], o_t[:, None])
             b_dg = add_tokens(b_dg, b_q * b_yq + b_k * b_yk, m_tt, b_none, EXACT)
 
-        if PULL_NORM:
+        o_y = i_tg * K + o_t[None, None, :] * (G * K) + o_k[:, :, None]
+        o_z = o_y
+        if STAGED:
+            o_z = ((i_p.to(tl.int64) * BT + i_a * STRIP) * G + i_g) * K + o_t[None, None, :] * (G * K) + o_k[:, :, None]
+        elif USE_L2NORM:
             b_dq = unit_pullback(b_dq, b_q, tl.load(p_token + Q_NORM * STRIP))
             b_dk = unit_pullback(b_dk, b_k, tl.load(p_token + K_NORM * STRIP))
-        o_y = i_tg * K + o_t[None, None, :] * (G * K) + o_k[:, :, None]
-        tl.store(dq + o_y, b_dq, mask=m_x)
-        tl.store(dk + o_y, b_dk, mask=m_x)
+        tl.store(dq + o_z, b_dq, mask=m_x)
+        tl.store(dk + o_z, b_dk, mask=m_x)
         if USE_GATE:
             # Read again rather than kept: registers are what this kernel is short of.
             b_x = load_channels(g, i_b, i_g, t_a, o_t, o_k, m_x, stride_gb, stride_gt, stride_gh, stride_gk)
-            b_x += b_bias[:, :, None]
-            b_dg, b_yk = log_decay_pullback(tl.where(m_x, b_dg, 0.0), b_x, b_A, b_slope, lower_bound, BOUNDED)
+            b_x = as_product(b_x, EXACT) + b_bias[:, :, None]
+            b_dg, b_yk = log_decay_pullback(tl.where(m_x, b_dg, 0.0), b_g, b_x, b_A, b_slope, lower_bound, BOUNDED)
             if HAS_DA:
-                tl.store(dA_parts + i_cg, tl.sum(tl.sum(tl.sum(b_yk, axis=2), axis=1), axis=0))
+                tl.store(dA_parts + i_cg * PARTS + i_w, tl.sum(tl.sum(tl.sum(b_yk, axis=2), axis=1), axis=0))
             if HAS_DBIAS:
                 tl.store(dbias_parts + i_cg * K + o_k, tl.sum(b_dg, axis=2), mask=m_k)
         tl.store(dg + o_y, b_dg, mask=m_x)

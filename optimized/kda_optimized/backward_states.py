@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""Second backward kernel: recompute states and errors, which the forward does not keep; one program per sequence, value head and V tile.
+"""Second backward kernel: recompute states and errors, which the forward does not keep; one program per segment, value head and V tile.
+
+A segment is a whole sequence, or a part of one where there are few sequences and heads: see :mod:`kda_optimized.forward_segments`.
 
 Per chunk, with the names of :mod:`kda_optimized.backward_prepare`:
 
@@ -33,6 +35,12 @@ def load_state(p_s, o_v, o_k, m_vk, stride_k, stride_v):
     return tl.load(
         p_s + o_v.to(tl.int64)[:, None] * stride_v + o_k.to(tl.int64)[None, :] * stride_k, mask=m_vk, other=0.0
     )
+
+
+@triton.jit
+def store_state(p_s, b_S, o_v, o_k, m_vk, stride_k, stride_v):
+    """Write a transposed state ``[BV, BK]`` in any layout."""
+    tl.store(p_s + o_v.to(tl.int64)[:, None] * stride_v + o_k.to(tl.int64)[None, :] * stride_k, b_S, mask=m_vk)
 
 
 @triton.jit
@@ -70,11 +78,16 @@ def read_product(b_x, b_rows, b_s, EXACT: tl.constexpr):
 
 
 @triton.jit
-def pair_planes(b_x, p_a, o_tt, EXACT: tl.constexpr):
-    """Return ``x a`` ``[BV, 16]`` for a matrix of pairs written by ``store_planes``; ``o_tt`` may transpose it."""
+def pair_planes(b_x, p_a, o_tt, EXACT: tl.constexpr, WHOLE: tl.constexpr):
+    """Return ``x a`` ``[BV, 16]`` for a matrix of pairs written by ``store_planes``; ``o_tt`` may transpose it.
+
+    A ``WHOLE`` ``x`` is bfloat16, so its own upper part.
+    """
     b_a = tl.load(p_a + o_tt)
     if EXACT:
         b_o = tl.dot(b_x, b_a, input_precision="ieee")
+    elif WHOLE:
+        b_o = tl.dot(b_x, b_a, tl.dot(b_x, tl.load(p_a + STRIP * STRIP + o_tt)))
     else:
         b_h, b_l = split(b_x)
         b_o = dot_split(b_h, b_l, b_a, tl.load(p_a + STRIP * STRIP + o_tt))
@@ -83,13 +96,15 @@ def pair_planes(b_x, p_a, o_tt, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def kda_chunk_bwd_states_kernel(
-    v, k_rows, pull_rows, tokens, solve, decay, initial_state, states, state_scales, errors, error_scales,
+    v, k_rows, pull_rows, tokens, solve, decay, initial_state, final_state, states, state_scales, errors, error_scales,
     cu_seqlens, chunk_offsets, span_offsets,
-    stride_vb, stride_vt, stride_vh, stride_vv, stride_in, stride_ig, stride_ik, stride_iv, T,
+    stride_vb, stride_vt, stride_vh, stride_vv, stride_in, stride_ig, stride_ik, stride_iv,
+    stride_fn, stride_fg, stride_fk, stride_fv, T,
     G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_STATES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, IDENTITY: tl.constexpr, HAS_VALUES: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_STATES: tl.constexpr,
+    HAS_ERRORS: tl.constexpr,
 ):  # fmt: skip
-    """Walk along one sequence of one value head, for BV of its value channels."""
+    """Walk along one segment of one value head, for BV of its value channels; from the identity, without values, for its map."""
     PLANES: tl.constexpr = 1 if EXACT else 2
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -109,6 +124,8 @@ def kda_chunk_bwd_states_kernel(
     o_ys = o_t * (G * NV) + i_v
 
     b_S = tl.zeros((BV, BK), dtype=tl.float32)
+    if IDENTITY:
+        b_S += tl.where(o_v[:, None] == o_k[None, :], 1.0, 0.0)
     if HAS_INITIAL:
         p_s = initial_state + i_n.to(tl.int64) * stride_in + i_g.to(tl.int64) * stride_ig
         b_S += load_state(p_s, o_v, o_k, m_vk, stride_ik, stride_iv)
@@ -124,14 +141,17 @@ def kda_chunk_bwd_states_kernel(
         )
 
     p_v = v + i_b * stride_vb + i_g.to(tl.int64) * stride_vh + t_0 * stride_vt
-    o_vt = o_t.to(tl.int64)[None, :] * stride_vt + o_v.to(tl.int64)[:, None] * stride_vv
+    o_tv = o_t.to(tl.int64)[:, None] * stride_vt + o_v.to(tl.int64)[None, :] * stride_vv
     step_v = tl.full((), STRIP, tl.int64) * stride_vt
     p_token = tokens + (c_0 * G + i_g) * (TOKEN_ROWS * STRIP) + o_t
     p_decay = decay + (c_0 * G + i_g) * (2 * BK) + o_k
     # What a product does not read from shared memory is loaded one chunk ahead.
     m_next = o_t < n_t
     m_more = (o_k >= 0) & (n_c > 0)
-    b_v = tl.load(p_v + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0)
+    b_v = tl.zeros((STRIP, BV), dtype=v.dtype.element_ty)
+    b_v_next = b_v
+    if HAS_VALUES:
+        b_v = tl.load(p_v + o_tv, mask=m_next[:, None] & m_v[None, :], other=0.0)
     b_ks = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
     b_ps = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
     b_b = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
@@ -148,22 +168,24 @@ def kda_chunk_bwd_states_kernel(
         p_decay += G * (2 * BK)
         m_next = t_c + STRIP + o_t < n_t
         m_more = (o_k >= 0) & (i_t + 1 < n_c)
-        b_v_next = tl.load(p_v + o_vt, mask=m_next[None, :] & m_v[:, None], other=0.0)
+        if HAS_VALUES:
+            b_v_next = tl.load(p_v + o_tv, mask=m_next[:, None] & m_v[None, :], other=0.0)
         b_ks_next = tl.load(p_token + K_SCALE * STRIP, mask=m_next, other=0.0)
         b_ps_next = tl.load(p_token + PULL_SCALE * STRIP, mask=m_next, other=0.0)
         b_b_next = tl.load(p_token + BETA * STRIP, mask=m_next, other=0.0)
         b_entry_next = tl.load(p_decay, mask=m_more, other=0.0)
         b_total_next = tl.load(p_decay + BK, mask=m_more, other=0.0)
         b_S = b_S * b_entry[None, :]
-        b_u = b_v.to(tl.float32) - read_product(b_S, b_k, b_ks, EXACT)
+        b_u = tl.trans(b_v).to(tl.float32) - read_product(b_S, b_k, b_ks, EXACT)
         b_w = b_u * b_b[None, :]
         b_S = b_S * b_total[None, :]
         b_S += write_product(b_w, b_ps, b_p, EXACT)
-        b_e = b_u - pair_planes(b_w, solve + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT)
-        i_tg = (t_g + t_c) * G + i_g
-        store_columns(
-            errors + i_tg * V + o_y, error_scales + i_tg * NV + o_ys, b_e, m_v[:, None] & m_t[None, :], m_t, EXACT
-        )
+        if HAS_ERRORS:
+            b_e = b_u - pair_planes(b_w, solve + i_cg * (PLANES * STRIP * STRIP), o_tt, EXACT, WHOLE=False)
+            i_tg = (t_g + t_c) * G + i_g
+            store_columns(
+                errors + i_tg * V + o_y, error_scales + i_tg * NV + o_ys, b_e, m_v[:, None] & m_t[None, :], m_t, EXACT
+            )
         b_v, b_ks, b_ps, b_b, b_entry, b_total = b_v_next, b_ks_next, b_ps_next, b_b_next, b_entry_next, b_total_next
         if HAS_STATES and ((i_t + 1) % SPAN == 0) & (i_t + 1 < n_c):
             i_sg = (s_0 + (i_t + 1) // SPAN) * G + i_g
@@ -175,3 +197,7 @@ def kda_chunk_bwd_states_kernel(
                 o_k >= 0,
                 EXACT,
             )
+
+    if HAS_FINAL:
+        p_s = final_state + i_n.to(tl.int64) * stride_fn + i_g.to(tl.int64) * stride_fg
+        store_state(p_s, b_S, o_v, o_k, m_vk, stride_fk, stride_fv)

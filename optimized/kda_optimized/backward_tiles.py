@@ -15,10 +15,20 @@ from kda_optimized.strips import STRIP
 
 @triton.jit
 def load_channels(p_x, i_b, i_h, t_0, o_t, o_k, m_x, stride_b, stride_t, stride_h, stride_c):
-    """Load ``[W, BC, 16]`` of a ``[B, T, heads, channels]`` tensor in float32, zero off the mask."""
+    """Load ``[W, BC, 16]`` of a ``[B, T, heads, channels]`` tensor as it is, zero off the mask."""
     p_x += i_b * stride_b + i_h.to(tl.int64) * stride_h
     o_x = (t_0 + o_t)[None, None, :] * stride_t + o_k.to(tl.int64)[:, :, None] * stride_c
-    return tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return tl.load(p_x + o_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def as_product(b_x, EXACT: tl.constexpr):
+    """Return ``[W, BC, 16]`` in float32, laid out as a product's result is: nothing is added, and what moves still has 16 bits."""
+    b_y = b_x.to(tl.float32)
+    if not EXACT:
+        b_o = tl.zeros((b_x.shape[0], STRIP, STRIP), dtype=tl.bfloat16)
+        b_y = tl.dot(tl.zeros_like(b_x).to(tl.bfloat16), b_o, b_y)
+    return b_y
 
 
 @triton.jit
@@ -99,6 +109,32 @@ def decays_through(i_l, o_i, o_s):
 def later_half(i_l, o_i, o_j):
     """Return whether tokens i and j are a pair of level ``i_l``, i the later; see :func:`kda_optimized.chunks.level_mask`."""
     return ((o_i >> i_l) == (o_j >> i_l) + 1) & (((o_i >> i_l) & 1) == 1)
+
+
+@triton.jit
+def neighbours(b_x):
+    """Return the even and the odd tokens of ``[W, BC, 16]``, ``[W, BC, 8]`` each; a product's result has both in one lane."""
+    return tl.split(tl.reshape(b_x, (b_x.shape[0], b_x.shape[1], STRIP // 2, 2)))
+
+
+@triton.jit
+def beside(b_even, b_odd):
+    """Return what :func:`neighbours` takes apart."""
+    return tl.reshape(tl.join(b_even, b_odd), (b_even.shape[0], b_even.shape[1], STRIP))
+
+
+@triton.jit
+def neighbour_gradients(b_q, b_k, b_g, b_dP, b_dL):
+    """Return what the pairs of an odd token with the even one before it, ``[8]``, give to the gradients of q, k and the log decay."""
+    _, b_q = neighbours(b_q)
+    b_k_even, b_k = neighbours(b_k)
+    _, b_E = neighbours(tl.exp2(b_g))
+    b_xq = b_E * b_dP[None, None, :]
+    b_xk = b_E * b_dL[None, None, :]
+    b_yq = b_xq * b_k_even
+    b_yk = b_xk * b_k_even
+    b_none = tl.zeros_like(b_yq)
+    return beside(b_none, b_yq), beside(b_xk * b_k + b_xq * b_q, b_yk), beside(b_none, b_q * b_yq + b_k * b_yk)
 
 
 @triton.jit

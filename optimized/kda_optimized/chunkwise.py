@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = STRIP.value
+# A cut sequence is walked three times, and its first two walks only start the third: few pieces do not pay.
 LEAST_PIECES = 6
 
 
@@ -79,18 +80,41 @@ class Call:
         """Return the chunks of the call."""
         return schedule(self.inputs, CHUNK)
 
-    @cached_property
-    def segments(self) -> Segments | None:
-        """Return the pieces that the forward walk takes side by side, ``None`` where whole sequences fill the device."""
-        config, offsets = self.config(kda_chunk_fwd_walk_kernel), offsets_of(self.inputs)
+    def cut(self, kernel: Any, least_pieces: int, span: int = 1) -> Segments | None:  # noqa: ANN401 - a Triton function
+        """Return the pieces of whole spans that a walk takes side by side, ``None`` where whole sequences fill the device."""
+        config, offsets = self.config(kernel), offsets_of(self.inputs)
         programs = _value_programs(self, tile(config.block_v, self.sizes["V"]))
         pieces = config.programs // max(programs, 1)
         longest = -(-max(end - start for start, end in pairwise(offsets)) // self.schedule.chunk_len)
-        # A cut sequence is walked three times, and its first two walks only start the third: few pieces do not pay.
-        if pieces < LEAST_PIECES or longest < LEAST_PIECES * config.least_chunks:
+        if pieces < least_pieces or longest < least_pieces * config.least_chunks:
             return None
         most_chunks = max(-(-longest // pieces), config.least_chunks)
-        return segments(self.inputs, self.schedule.chunk_len, most_chunks)
+        return segments(self.inputs, self.schedule.chunk_len, -(-most_chunks // span), span)
+
+    def join(
+        self,
+        pieces: Segments,
+        maps: Tensor,
+        shifts: Tensor,
+        first: Tensor | None,
+        last: Tensor | None,
+        *,
+        back: bool = False,
+    ) -> Tensor:
+        """Return the state ``[num_segments, G, K, V]`` before each piece, given its map and shift, from ``first`` on; write the ``last``.
+
+        With ``back``, the cotangent of the state after each piece: ``first`` is that of the final state, ``last`` that of the initial one.
+        """
+        starts = torch.empty_like(shifts)
+        bv = tile(self.config(kda_chunk_fwd_segments_kernel).block_v, self.sizes["V"])
+        arguments = {
+            **self.pick("G", "K", "V"), "maps": maps, "shifts": shifts, "starts": starts, "first_segments": pieces.first_segments,
+            "initial_state": first, **self.state_strides("i", first), "HAS_INITIAL": first is not None,
+            "final_state": last, **self.state_strides("f", last), "HAS_FINAL": last is not None,
+            "BK": padded(self.sizes["K"]), "BV": bv, "EXACT": self.exact, "BACK": back,
+        }  # fmt: skip
+        self.start(kda_chunk_fwd_segments_kernel, _value_programs(self, bv), arguments)
+        return starts
 
     def config(self, kernel: Any) -> LaunchConfig:  # noqa: ANN401 - a Triton function
         """Return how a kernel is launched."""
@@ -174,12 +198,12 @@ def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
     call = Call.of(inputs)
     o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=call.device)
     final = call.new_state() if inputs.output_final_state else None
-    done, pieces = prepare(call), call.segments
+    done, pieces = prepare(call), call.cut(kda_chunk_fwd_walk_kernel, LEAST_PIECES)
     if pieces is None:
         _walk(call, done, {}, o=o, final_state=final, programs=inputs.num_sequences)
         return o, final
     k, v = call.sizes["K"], call.sizes["V"]
-    maps, shifts, starts = (call.new(pieces.num_segments, call.sizes["G"], k, width) for width in (k, v, v))
+    maps, shifts = (call.new(pieces.num_segments, call.sizes["G"], k, width) for width in (k, v))
     tables = {
         "cu_seqlens": pieces.cu_seqlens, "chunk_offsets": pieces.chunk_offsets, "initial_state": None, "HAS_INITIAL": False,
     }  # fmt: skip
@@ -191,14 +215,7 @@ def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
         programs=pieces.num_segments,
     )
     _walk(call, done, tables, final_state=shifts, programs=pieces.num_segments)
-    bv = tile(call.config(kda_chunk_fwd_segments_kernel).block_v, v)
-    arguments = {
-        **call.pick("G", "K", "V"), "maps": maps, "shifts": shifts, "starts": starts, "first_segments": pieces.first_segments,
-        "initial_state": inputs.initial_state, **call.state_strides("i", inputs.initial_state),
-        "HAS_INITIAL": inputs.initial_state is not None, "final_state": final, **call.state_strides("f", final),
-        "HAS_FINAL": final is not None, "BK": padded(k), "BV": bv, "EXACT": call.exact,
-    }  # fmt: skip
-    call.start(kda_chunk_fwd_segments_kernel, _value_programs(call, bv), arguments)
+    starts = call.join(pieces, maps, shifts, inputs.initial_state, final)
     starting = {"initial_state": starts, **strides("i", "ngkv", starts), "HAS_INITIAL": True}
     _walk(call, done, {**tables, **starting}, o=o, programs=pieces.num_segments)
     return o, final

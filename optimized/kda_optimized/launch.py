@@ -7,9 +7,12 @@ types and constants of a real call.
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,6 +95,31 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorders.pop()
+
+
+_own = threading.local()
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """Yield a second stream, for launches that need nothing of those on the current one from here on; ``None`` off CUDA devices.
+
+    Where neither fills the device, both run at once. The current stream waits for the second at the end, so memory may be let go
+    of there as ever, and a graph that is being captured gets two branches; each thread has its own, so that no other one's launches get
+    into it.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    streams = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    here, second = torch.cuda.current_stream(device), streams[device]
+    second.wait_stream(here)
+    try:
+        yield second
+    finally:
+        here.wait_stream(second)
 
 
 def strides(letter: str, axes: str, tensor: Tensor | None) -> dict[str, int]:

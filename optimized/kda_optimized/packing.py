@@ -58,6 +58,8 @@ class Segments:
         int64 ``[num_segments + 1]``, token offsets of the pieces.
     chunk_offsets
         int64 ``[num_segments]``, number of the first chunk of each piece.
+    span_offsets
+        int64 ``[num_segments]``, number of the first span of each piece; a sequence's last span may be short.
     first_segments
         int64 ``[N + 1]``, number of the first piece of each sequence.
     """
@@ -65,6 +67,7 @@ class Segments:
     num_segments: int
     cu_seqlens: Tensor
     chunk_offsets: Tensor
+    span_offsets: Tensor
     first_segments: Tensor
 
 
@@ -90,31 +93,36 @@ def offsets_between(cu_seqlens: Tensor | None, batch: int, num_tokens: int) -> t
     return tuple(row * num_tokens for row in range(batch + 1))
 
 
-def segments(inputs: KdaInputs, chunk_len: int, most_chunks: int) -> Segments:
-    """Cut every sequence of a call into pieces of at most ``most_chunks`` chunks, as equal as can be."""
+def segments(inputs: KdaInputs, chunk_len: int, most_spans: int, span: int = 1) -> Segments:
+    """Cut every sequence of a call into pieces of at most ``most_spans`` spans of ``span`` chunks, as equal as can be."""
     device = inputs.q.device
-    return hold(_segments(offsets_of(inputs), chunk_len, most_chunks, device), device)
+    return hold(_segments(offsets_of(inputs), chunk_len, most_spans, span, device), device)
 
 
 @lru_cache(maxsize=64)
-def _segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device: torch.device) -> Segments:
-    return outside_pools(lambda: _new_segments(offsets, chunk_len, most_chunks, device), device)
+def _segments(offsets: tuple[int, ...], chunk_len: int, most_spans: int, span: int, device: torch.device) -> Segments:
+    return outside_pools(lambda: _new_segments(offsets, chunk_len, most_spans, span, device), device)
 
 
-def _new_segments(offsets: tuple[int, ...], chunk_len: int, most_chunks: int, device: torch.device) -> Segments:
-    starts, first, chunks, before = [], [0], [], 0
+def _new_segments(
+    offsets: tuple[int, ...], chunk_len: int, most_spans: int, span: int, device: torch.device
+) -> Segments:
+    starts, first, chunks, spans, chunks_before, spans_before = [], [0], [], [], 0, 0
     for start, end in pairwise(offsets):
-        count = -(-(end - start) // chunk_len)
-        pieces = -(-count // most_chunks)
+        count = -(-(end - start) // (span * chunk_len))
+        pieces = -(-count // most_spans)
         cuts = [count * piece // pieces for piece in range(pieces)]
-        starts += [start + chunk_len * cut for cut in cuts]
-        chunks += [before + cut for cut in cuts]
+        starts += [start + span * chunk_len * cut for cut in cuts]
+        chunks += [chunks_before + span * cut for cut in cuts]
+        spans += [spans_before + cut for cut in cuts]
         first.append(first[-1] + pieces)
-        before += count
+        chunks_before += -(-(end - start) // chunk_len)
+        spans_before += count
     return Segments(
         num_segments=len(starts),
         cu_seqlens=torch.tensor([*starts, offsets[-1]], dtype=torch.int64, device=device),
         chunk_offsets=torch.tensor(chunks, dtype=torch.int64, device=device),
+        span_offsets=torch.tensor(spans, dtype=torch.int64, device=device),
         first_segments=torch.tensor(first, dtype=torch.int64, device=device),
     )
 
