@@ -101,9 +101,10 @@ def log2_decay(b_x, b_A, b_slope, lower_bound, USE_GATE: tl.constexpr, BOUNDED: 
             b_g = (lower_bound * LOG2_E) * sigmoid(b_slope * b_x)
         else:
             # exp(A) goes into the exponential, so that a large A still meets a small one.
-            b_u = tl.abs(b_x) * LOG2_E
-            b_tail = log1p_ratio(tl.exp2(-b_u)) * tl.exp2((b_A + LOG_LOG2_E) * LOG2_E - b_u)
-            b_g = -((b_slope * LOG2_E) * tl.maximum(b_x, 0.0) + b_tail)
+            # In a sum of two products a compiler may fuse either, and takes one in a loop and the other ahead of it; so it is told which.
+            b_u = tl.abs(b_x)
+            b_tail = log1p_ratio(exp(-b_u)) * tl.exp2(tl.fma(-b_u, LOG2_E, (b_A + LOG_LOG2_E) * LOG2_E))
+            b_g = -tl.fma(b_slope * LOG2_E, tl.maximum(b_x, 0.0), b_tail)
     else:
         b_g = b_x * LOG2_E
     return tl.maximum(b_g, LOWEST_LOG_DECAY * LOG2_E)

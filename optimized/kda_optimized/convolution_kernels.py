@@ -41,10 +41,10 @@ def load_taps(weight, o_d, m_d, stride_wd, stride_ww, W: tl.constexpr, BW: tl.co
 
 @triton.jit
 def tap_sum(taps, inputs, W: tl.constexpr):
-    """Return the sum over the taps ``[BD]`` of W inputs."""
+    """Return the sum over the taps ``[BD]`` of W inputs, fused as written: a call and its steps have the same bits."""
     b_a = taps[0] * inputs[0]
     for j in tl.static_range(1, W):
-        b_a += taps[j] * inputs[j]
+        b_a = tl.fma(taps[j], inputs[j], b_a)
     return b_a
 
 
