@@ -106,8 +106,9 @@ def kda_decode_step(
     Notes
     -----
     Everything is computed in float32 whatever the dtypes. Deterministic; a row's result depends on that row and its slot only, bit
-    for bit in calls whose tiles are alike: their width follows the number of rows, their order of sums the strides of the pool. Numbers of rows, tokens, W and M are fixed by shapes and everything else is read on the device, so a CUDA graph
-    replays with other indices, lengths and numbers of accepted tokens.
+    for bit in calls whose tiles are alike: their width follows the number of rows, their order of sums the strides of the pool.
+    Numbers of rows, tokens, W and M are fixed by shapes and everything else is read on the device, so a CUDA graph replays with
+    other indices, lengths and numbers of accepted tokens.
 
     A bfloat16 pool rounds every state that is written by at most ``2^-8`` of each element. Where ``|k| <= 1`` and beta is in ``[0, 2]`` a
     token's transition enlarges no error, so after n calls the state is off by at most
