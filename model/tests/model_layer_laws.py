@@ -123,7 +123,7 @@ def one_decay_per_head_is_the_same_decay_in_every_channel(kda: Any) -> None:
     )
     expected, _ = kda_layer(x, weights, heads=(2, 2), eps=1e-5)
     close(layer(x, kda.find_operator("torch", x.device))[0].detach(), expected)
-    close(layer(x, kda.find_operator("torch", x.device))[0].detach(), _by_recurrence(layer, x, gated_delta_net))
+    close(layer(x, kda.find_operator("torch", x.device))[0].detach(), _by_recurrence(kda, layer, x, gated_delta_net))
 
 
 def decay_without_the_delta_rule_erases_nothing(kda: Any) -> None:
@@ -132,14 +132,14 @@ def decay_without_the_delta_rule_erases_nothing(kda: Any) -> None:
     layer = made(kda, config, dtype=F64).model.layers[1].self_attn
     x = torch.randn(2, 9, 32, dtype=F64, generator=torch.Generator().manual_seed(0))
     found = layer(x, kda.find_operator("torch", x.device))[0].detach()
-    expected = _by_recurrence(layer, x, decay_only)
+    expected = _by_recurrence(kda, layer, x, decay_only)
     assert float((found - expected).abs().max()) < 9 * 2.0**-30 * float(expected.abs().max())
-    assert not torch.allclose(found, _by_recurrence(layer, x, gated_delta_net), rtol=1e-3)
+    assert not torch.allclose(found, _by_recurrence(kda, layer, x, gated_delta_net), rtol=1e-3)
 
 
-def _by_recurrence(layer: Any, x: Tensor, recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+def _by_recurrence(kda: Any, layer: Any, x: Tensor, recurrence: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
     """Compute a layer of two heads of width 8, one head and row at a time."""
-    q, k, v, _ = layer._operands(x, None, None)
+    q, k, v, _ = layer._operands(x, kda.find_operator("torch", x.device), None, None)
     q, k = (y * inverse_norm(y) for y in (q, k))
     decay = -layer.A_log.flatten().exp() * softplus(layer.a_proj(x) + layer.dt_bias)
     beta = torch.sigmoid(layer.b_proj(x))
