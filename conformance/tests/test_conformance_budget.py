@@ -45,7 +45,10 @@ def test_chunks_that_end_where_no_member_ends_one_are_within_the_budget(chunk: i
 # 7.2 bits a token, of a remainder next to a float32 number: few members round it to the other neighbour.
 CONSTANT_GATE = "T=64 B=2 H=2 G=2 K=16 V=33 gate=bound gate_form=bounded keys=same values=sparse strengths=one state=0 scale=1 seed=879"
 # Decayed keys that are subnormal in float16, beside values that are.
-SUBNORMAL_KEYS = "T=78 B=2 K=33 V=48 gate=holes gate_form=bounded keys=orthogonal values=tiny strengths=faint beta_max=2 sigmoid=1 v_first=1 seed=28103"
+SUBNORMAL_KEYS = (
+    "T=78 B=2 K=33 V=48 gate=holes gate_form=bounded keys=orthogonal values=tiny strengths=faint beta_max=2 "
+    "sigmoid=1 v_first=1 seed=28103"
+)
 
 
 @pytest.mark.parametrize(
