@@ -49,6 +49,9 @@ class Arithmetic:
         Format of the state carried between chunks.
     truncates
         Whether operands are truncated rather than rounded, as tensor cores may do with tf32.
+    residual
+        Whether pseudo-values are the inverse times ``beta (v - (E k) S)`` instead of ``U - W S``: then decayed keys are rounded before beta
+        multiplies them, and beta's gradient is a product with a residual that has their error.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Arithmetic:
     merge_operand: str | None = "tf32"
     state: str = "fp32"
     truncates: bool = False
+    residual: bool = False
 
     def throughout(self) -> Arithmetic:
         """Return the arithmetic in which every product takes operands of the operand format, scores and the inverse included."""

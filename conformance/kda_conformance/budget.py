@@ -41,28 +41,33 @@ class Group(NamedTuple):
     exact_inverse
         Whether the inverse is made without rounding and rounded where it is used. Made from rounded blocks it undoes in later rows what
         earlier ones got wrong, so that the same rounding shows only in the other kind.
+    residual
+        Whether pseudo-values are made from the residual ``v - (E k) S``, as :class:`Arithmetic` says.
     """
 
     chunk: int
     size: int
     throughout: bool = False
     exact_inverse: bool = False
+    residual: bool = False
 
     def choose(self, arithmetic: Arithmetic) -> Arithmetic:
         """Return what the members of the group compute in."""
-        if self.exact_inverse:
-            return replace(arithmetic, merge_operand=None)
-        return arithmetic.throughout() if self.throughout else arithmetic
+        chosen = arithmetic.throughout() if self.throughout else arithmetic
+        return replace(
+            chosen, residual=self.residual, merge_operand=None if self.exact_inverse else chosen.merge_operand
+        )
 
 
 # Where a chunk begins and ends is the implementation's choice, and decides which errors cancel: 48 and 80 share few ends with the others.
 # Which products take rounded operands is its choice too. The error of an exact inverse that is rounded may be one number for all of a
-# token's channels, so that its members alone tell how large it is: those are more.
+# token's channels, so that its members alone tell how large it is: those are more. A residual errs most where chunks
+# are short: later in a longer one, decayed keys are smaller.
 GROUPS = (
     Group(16, 3),
-    Group(32, 2, exact_inverse=True),
+    Group(32, 2, exact_inverse=True, residual=True),
     Group(48, 2),
-    Group(48, 2, throughout=True),
+    Group(48, 2, throughout=True, residual=True),
     Group(64, 6, exact_inverse=True),
     Group(80, 4, exact_inverse=True),
     Group(80, 2, throughout=True),
@@ -148,7 +153,7 @@ def compute_budget(inputs: KdaInputs, do: Tensor | None, dfinal_state: Tensor | 
         for chunk in TRUNCATED_CHUNKS
         for choice in choices
     ]
-    rounds_operands = arithmetic.operand is not None and not arithmetic.truncates
+    rounds_operands = arithmetic.operand in ("bf16", "fp16")
     nearest = [
         members.chunkwise(Rounder(0, 1, device, "nearest"), arithmetic, chunk)
         for chunk in (NEAREST_CHUNKS if rounds_operands else ())

@@ -9,6 +9,7 @@ Dimension letters: R members, N sequences, G value heads, T tokens, K key width,
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ STRIP = 16
 SEQUENTIAL = 64
 LONGEST = 128
 # Kernels that call exp2 sum the gate in bits, where no round number of nats stays exact.
-CHUNKS_IN_BITS = (48, 64)
+CHUNKS_IN_BITS = (48, 64, 128)
 LOG_2 = math.log(2)
 
 
@@ -103,8 +104,11 @@ def chunkwise_member(
     scores_kk = rounder.round(scores_kk * beta[..., None], "fp32").tril(-1)
     inverse = rounder.round(_Inverse.apply(scores_kk, rounder, arithmetic), store)  # type: ignore[no-untyped-call]
     decayed = _exp(cumulative, rounder)
-    u = rounder.round(rounder.matmul(inverse, rounder.round(v * beta[..., None], store), operand), store)
-    w = rounder.round(rounder.matmul(inverse, rounder.round(k * beta[..., None] * decayed, store), operand), store)
+    if arithmetic.residual:
+        k_decayed = rounder.round(k * decayed, store)
+    else:
+        u = rounder.round(rounder.matmul(inverse, rounder.round(v * beta[..., None], store), operand), store)
+        w = rounder.round(rounder.matmul(inverse, rounder.round(k * beta[..., None] * decayed, store), operand), store)
     k_rest = rounder.round(k * _exp(last - cumulative, rounder), store)
     q_decayed = rounder.round(q * decayed, store)
     scores_qk = rounder.round(scores_qk * scale, store)
@@ -112,7 +116,12 @@ def chunkwise_member(
     outputs = []
     for n in range(num_chunks):
         operand_state = rounder.round(state, store)
-        pseudo = rounder.round(u[:, :, :, n] - rounder.matmul(w[:, :, :, n], operand_state, operand), "fp32")
+        if arithmetic.residual:
+            read = rounder.matmul(k_decayed[:, :, :, n], operand_state, operand)
+            residual = beta[:, :, :, n, :, None] * rounder.round(v[:, :, :, n] - read, "fp32")
+            pseudo = rounder.matmul(inverse[:, :, :, n], rounder.round(residual, store), operand)
+        else:
+            pseudo = rounder.round(u[:, :, :, n] - rounder.matmul(w[:, :, :, n], operand_state, operand), "fp32")
         pseudo = rounder.round(pseudo, store)
         inter = scale * rounder.matmul(q_decayed[:, :, :, n], operand_state, operand)
         outputs.append(inter + rounder.matmul(scores_qk[:, :, :, n], pseudo, operand))
@@ -126,14 +135,16 @@ def chunkwise_member(
 
 def _scan(g: Tensor, rounder: Rounder) -> Tensor:
     """Return the cumulative sum over tokens, every partial sum rounded to fp32: token by token in chunks of 64, else as a parallel scan."""
+    # The sums of a short chunk are rounded a second time, as if it had begun earlier.
+    rounded = rounder.partial_sum if g.shape[-2] > STRIP * 2 else partial(rounder.round, fmt="fp32")
     total, step = g, 1
     if g.shape[-2] == SEQUENTIAL:
         sums = [g[..., 0, :]]
         for t in range(1, SEQUENTIAL):
-            sums.append(rounder.round(sums[-1] + g[..., t, :], "fp32"))
+            sums.append(rounded(sums[-1] + g[..., t, :]))
         return torch.stack(sums, -2)
     while step < g.shape[-2]:
-        total = rounder.round(total + pad(total, (0, 0, step, 0))[..., : g.shape[-2], :], "fp32")
+        total = rounded(total + pad(total, (0, 0, step, 0))[..., : g.shape[-2], :])
         step *= 2
     return total
 
@@ -144,7 +155,7 @@ def _rounded_as_later(cumulative: Tensor, rounder: Rounder) -> Tensor:
     reach = LONGEST // chunk - 1
     so_far = pad(cumulative[..., -1, :].detach().cumsum(-2), (0, 0, 1 + reach, 0))
     before = (so_far[..., reach : reach + num_chunks, :] - so_far[..., :num_chunks, :])[..., None, :]
-    return rounder.round(before + cumulative, "fp32") - before
+    return rounder.partial_sum(before + cumulative) - before
 
 
 class _Decay(torch.autograd.Function):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MIX_1 = -4658895280553007687
 MIX_2 = -7723592293110705685
 UNIFORM_TO_UNIT_VARIANCE = 12.0**0.5
+# How far apart the two numbers begin that one hash is taken for, of up to 32 bits each.
+BLUR_SHIFT = 32
 
 
 @cache

@@ -19,7 +19,7 @@ from kda_conformance.arithmetic import (
     SMALLEST_NORMAL,
     U32,
 )
-from kda_conformance.hashing import UNIFORM_TO_UNIT_VARIANCE, hash_bits, member_seeds, uniform_from
+from kda_conformance.hashing import BLUR_SHIFT, UNIFORM_TO_UNIT_VARIANCE, hash_bits, member_seeds, uniform_from
 
 loops: ModuleType | None
 try:
@@ -58,6 +58,19 @@ def round_stochastically(x: Tensor, fmt: str, seeds: Tensor) -> Tensor:
         return rounded.masked_fill_(rounded.abs() < SMALLEST_NORMAL, 0.0)
     subnormal = torch.floor(x / FP16_QUANTUM + uniform) * FP16_QUANTUM
     return torch.where(x.abs() < FP16_SMALLEST_NORMAL, subnormal, rounded)
+
+
+def blur(x: Tensor, seeds: Tensor) -> Tensor:
+    """Disturb float64 ``x`` by up to a unit in the last place of float32, as the difference of two roundings does.
+
+    A stochastic rounding has that variance on average over remainders. Where ``x`` is next to a float32 number, it errs by almost nothing
+    in most members and by a whole unit in few or none. A float32 number itself stays as it is.
+    """
+    mask = (1 << (FLOAT64_BITS - SIGNIFICAND_BITS["fp32"])) - 1
+    x = x.contiguous()
+    bits, pattern = hash_bits(x, seeds), x.view(torch.int64)
+    noise = (bits & mask) + ((bits >> BLUR_SHIFT) & mask) - mask
+    return flush(torch.where(pattern & mask == 0, pattern, pattern + noise).view(torch.float64))
 
 
 def flush(x: Tensor) -> Tensor:
@@ -123,6 +136,13 @@ class Rounder:
         """Round ``x``, and its cotangent to the same format."""
         return x if fmt is None else _RoundBothWays.apply(x, fmt, self)  # type: ignore[no-untyped-call]
 
+    def partial_sum(self, x: Tensor) -> Tensor:
+        """Disturb a partial sum as a rounding to float32 may, whatever the order it was summed in; round its cotangent to float32.
+
+        The remainder that is rounded away is a matter of the order of summation: its error is that of any remainder, not that of this one.
+        """
+        return _PartialSum.apply(x, self)  # type: ignore[no-any-return,no-untyped-call]
+
     def matmul(self, a: Tensor, b: Tensor, fmt: str | None) -> Tensor:
         """Multiply with operands rounded to ``fmt`` and fp32 accumulation, forward and backward."""
         return _RoundedMatmul.apply(a, b, fmt, self)  # type: ignore[no-any-return,no-untyped-call]
@@ -173,6 +193,21 @@ class _RoundBothWays(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
         return ctx.rounder.raw(grad, ctx.fmt), None, None
+
+
+class _PartialSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounder: Rounder) -> Tensor:  # noqa: ANN401
+        ctx.rounder = rounder
+        if rounder.mode != "stochastic":
+            return rounder.raw(x, "fp32")
+        if fast := _loops_for(x):
+            return fast.blur(x, rounder.first_seed)  # type: ignore[no-any-return]
+        return blur(x, member_seeds(rounder.first_seed, rounder.count, x.dim(), x.device))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        return ctx.rounder.raw(grad, "fp32"), None
 
 
 class _RoundedMatmul(torch.autograd.Function):

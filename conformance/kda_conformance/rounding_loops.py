@@ -19,7 +19,7 @@ from kda_conformance.arithmetic import (
     SIGNIFICAND_BITS,
     SMALLEST_NORMAL,
 )
-from kda_conformance.hashing import MIX_1, MIX_2, UNIFORM_TO_UNIT_VARIANCE
+from kda_conformance.hashing import BLUR_SHIFT, MIX_1, MIX_2, UNIFORM_TO_UNIT_VARIANCE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,6 +38,13 @@ def round_stochastically(x: Tensor, fmt: str, first_seed: int) -> Tensor:
     rounded = torch.empty_like(x, memory_format=torch.contiguous_format)
     _round(_rows(x), _rows(rounded), DROPPED[fmt], first_seed, fmt == "fp16")
     return rounded
+
+
+def blur(x: Tensor, first_seed: int) -> Tensor:
+    """Disturb float64 ``x [R, ...]`` by up to a unit in the last place of float32, and leave float32 numbers alone."""
+    blurred = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _blur(_rows(x), _rows(blurred), DROPPED["fp32"], first_seed)
+    return blurred
 
 
 def accumulate(
@@ -100,6 +107,21 @@ def _round(x: Floats, rounded: Floats, dropped: np.int64, first_seed: int, subno
                     rounded[member, i] = np.floor(x[member, i] / FP16_QUANTUM + _uniform(bits)) * FP16_QUANTUM
             elif abs(rounded[member, i]) < SMALLEST_NORMAL:
                 rounded[member, i] = 0.0
+
+
+@njit(cache=True)
+def _blur(x: Floats, blurred: Floats, dropped: np.int64, first_seed: int) -> None:
+    mask = (ONE << dropped) - ONE
+    pattern, result = x.view(np.int64), blurred.view(np.int64)
+    for member in range(x.shape[0]):
+        seed = np.int64(member + first_seed + 1) * FACTOR_1
+        for i in range(x.shape[1]):
+            result[member, i] = pattern[member, i]
+            if pattern[member, i] & mask:
+                bits = _hash(pattern[member, i] ^ seed)
+                result[member, i] += (bits & mask) + ((bits >> BLUR_SHIFT) & mask) - mask
+            if abs(blurred[member, i]) < SMALLEST_NORMAL:
+                blurred[member, i] = 0.0
 
 
 @njit(cache=True)

@@ -48,6 +48,16 @@ def test_loops_round_as_tensor_operations_do(fmt: str, shape: tuple[int, ...], m
 
 
 @NEEDS_NUMBA
+def test_loops_blur_as_tensor_operations_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rounder = drawn(7, 12, 9), Rounder(900, MEMBERS, torch.device("cpu"))
+    in_loops = rounder.partial_sum(x)
+    monkeypatch.setattr(rounding, "loops", None)
+    operations = rounder.partial_sum(x)
+    assert torch.equal(in_loops.isnan(), operations.isnan())
+    assert torch.equal(in_loops.nan_to_num(), operations.nan_to_num())
+
+
+@NEEDS_NUMBA
 def test_loops_accumulate_as_tensor_operations_do(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(4)
     product, squares = torch.randn(2, MEMBERS, 5, 40, generator=generator, dtype=torch.float64)
@@ -75,3 +85,18 @@ def test_stochastic_rounding_goes_to_either_neighbour_and_is_right_on_average(fm
     rounded = Rounder(0, count, x.device).raw(x, fmt)
     assert set(rounded.flatten().tolist()) == {1.0, 1.0 + step}
     assert abs(float((rounded - 1).mean() / step) - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
+
+
+@pytest.mark.parametrize("remainder", [2.0**-10, 0.15, 0.5])
+def test_a_partial_sum_errs_by_as_much_whatever_its_remainder(remainder: float) -> None:
+    step, count = 2.0**-23, 4000
+    x = torch.full((count, 1), 397 + 256 * step * remainder, dtype=torch.float64)
+    error = (Rounder(0, count, x.device).partial_sum(x) - x) / (256 * step)
+    assert float(error.abs().max()) <= 1
+    assert abs(float(error.mean())) < 5 * (1 / 6 / count) ** 0.5
+    assert abs(float(error.square().mean()) * 6 - 1) < 0.1
+
+
+def test_a_partial_sum_that_float32_holds_has_no_error() -> None:
+    x = (-5.0 * torch.arange(64, dtype=torch.float64)).expand(MEMBERS, 64)
+    assert torch.equal(Rounder(900, MEMBERS, x.device).partial_sum(x), x)

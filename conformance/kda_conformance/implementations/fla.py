@@ -17,11 +17,11 @@ CLAIMS = {"devices": ["cuda"], "empty": False, "checks_arguments": False}
 
 
 class FlaChunk(FunctionImplementation):
-    """``fla.ops.kda.chunk_kda``; its float32 products run in tf32."""
+    """``fla.ops.kda.chunk_kda``; its float32 products run in tf32, those of intermediates of float16 inputs among them."""
 
     function: Callable[..., Any] = staticmethod(chunk_kda)
     label = "fla-chunk"
-    precision: ClassVar = {"float32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
+    precision: ClassVar = {"float32": "tf32", "bfloat16": "bf16", "float16": "fp16-tf32"}
     further: ClassVar[dict[str, Any]] = {"chunk_size": True}
 
     def __init__(self) -> None:

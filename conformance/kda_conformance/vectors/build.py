@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-VERSION = "1.0.0"
+VERSION = "1.0.1"
 ALL_GROUPS = (*GROUPS, *PARTS)
 
 
