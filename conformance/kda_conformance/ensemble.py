@@ -226,8 +226,8 @@ def _pairwise(a: Tensor, b: Tensor, rounder: Rounder) -> Tensor:
     terms = a * b
     product = terms.sum(-1)
     with torch.no_grad():
-        noisy = rounder.accumulate(product, (terms * terms).sum(-1), a.shape[-1])
-    return product + (noisy - product.detach())
+        noise = rounder.accumulate(product, (terms * terms).sum(-1), a.shape[-1]) - product
+    return product + noise
 
 
 class _Inverse(torch.autograd.Function):

@@ -14,15 +14,15 @@ from kda_conformance.implementation import FunctionImplementation
 from kda_conformance.judge import judge
 from kda_conformance.members import Members
 from kda_conformance.planted.planting import variants
+from kda_conformance.rounding import Rounder
 from kda_conformance.service import budget_of
 from kda_conformance.subject import Call, Subject
-from kda_reference import chunkwise_kda
+from kda_reference import certified_kda_vjp, chunkwise_kda
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kda_conformance.arithmetic import Arithmetic
-    from kda_conformance.rounding import Rounder
 
 
 def test_a_gate_gradient_is_granted_the_noise_of_the_tokens_after_it() -> None:
@@ -75,6 +75,18 @@ def test_correct_variants_that_the_null_study_called_wrong_are_within_the_budget
     got = subject.evaluate(found, inputs, *cotangents)
     allowed = budget_of(inputs, *cotangents, CLASSES[entry.precision])
     assert judge(tensor, got[tensor], allowed[tensor]).score < 0.8
+
+
+@pytest.mark.parametrize("group", budget.GROUPS, ids=str)
+def test_a_member_that_rounds_nothing_is_the_truth(group: budget.Group) -> None:
+    case = Case.parse("T=150 H=2 G=4 K=5 V=3 gate=layer gate_form=softplus l2norm=1 sigmoid=1 beta_max=2 seed=7")
+    inputs = case.inputs(torch.float32).replace(output_final_state=True)
+    cotangents = case.cotangents(inputs)
+    truth = certified_kda_vjp(inputs, *cotangents)
+    nothing = Rounder(0, 1, inputs.q.device, "truncate")  # cuts tf32 operands only, which this class has none of
+    found = Members(inputs, *cotangents).chunkwise(nothing, group.choose(CLASSES["fp32"]), group.chunk)
+    for name, value in truth.value.items():
+        torch.testing.assert_close(found[name][0], value, rtol=0, atol=1e-12 * float(value.abs().max()), msg=name)
 
 
 def test_float16_beside_truncated_operands_may_round_to_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
