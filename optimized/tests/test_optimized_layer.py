@@ -11,7 +11,7 @@ from kda_optimized import gated_rms_norm, short_convolution, short_convolution_s
 from kda_optimized.launch import recorded
 from kda_reference import normalisation
 from kda_reference import short_convolution as reference
-from kda_reference.errors import DomainError, DtypeError, FlagError, KdaError, PackingError, ShapeError
+from kda_reference.errors import DeviceError, DomainError, DtypeError, FlagError, KdaError, PackingError, ShapeError
 from optimized_calls import DEVICE, Calls, relative_error
 from torch.nn.functional import silu
 
@@ -240,22 +240,23 @@ def test_a_row_that_is_no_number_stays_alone(calls: Calls) -> None:
     [
         (lambda x, w: short_convolution(x, w[:, None]), ShapeError, "weight"),
         (lambda x, w: short_convolution(x.double(), w), DtypeError, "x"),
-        (lambda x, w: short_convolution(x, torch.zeros(8, 17)), DomainError, "weight"),
-        (lambda x, w: short_convolution(x, w, torch.zeros(2, 4, 8)), ShapeError, "tail"),
-        (lambda x, w: short_convolution(x, w, torch.zeros(2, 3, 8).bfloat16()), DtypeError, "tail"),
+        (lambda x, w: short_convolution(x, torch.zeros(8, 17, device=DEVICE)), DomainError, "weight"),
+        (lambda x, w: short_convolution(x, w, torch.zeros(2, 4, 8, device=DEVICE)), ShapeError, "tail"),
+        (lambda x, w: short_convolution(x, w, torch.zeros(2, 3, 8, device=DEVICE).bfloat16()), DtypeError, "tail"),
+        (lambda x, w: short_convolution(x, w.to("meta")), DeviceError, "weight"),
         (lambda x, w: short_convolution(x, w, activation="relu"), FlagError, "activation"),
-        (lambda x, w: short_convolution(x, w, cu_seqlens=torch.tensor([0, 5])), PackingError, "batch"),
-        (lambda x, w: short_convolution(x[:1], w, cu_seqlens=torch.tensor([0, 4])), PackingError, "cu_seqlens"),
-        (lambda x, w: short_convolution(x[:1], w, cu_seqlens=torch.tensor([0, 4, 2, 5])), PackingError, "cu_seqlens"),
-        (lambda x, w: short_convolution_step(x, w, torch.zeros(1, 3, 8)), ShapeError, "tail_indices"),
-        (lambda x, w: short_convolution_step(x, w, torch.zeros(2, 2, 8)), ShapeError, "tails"),
+        (lambda x, w: short_convolution(x, w, cu_seqlens=torch.tensor([0, 5], device=DEVICE)), PackingError, "batch"),
+        (lambda x, w: short_convolution(x[:1], w, cu_seqlens=torch.tensor([0, 4], device=DEVICE)), PackingError, "cu_seqlens"),
+        (lambda x, w: short_convolution(x[:1], w, cu_seqlens=torch.tensor([0, 4, 2, 5], device=DEVICE)), PackingError, "cu_seqlens"),
+        (lambda x, w: short_convolution_step(x, w, torch.zeros(1, 3, 8, device=DEVICE)), ShapeError, "tail_indices"),
+        (lambda x, w: short_convolution_step(x, w, torch.zeros(2, 2, 8, device=DEVICE)), ShapeError, "tails"),
         (lambda x, w: gated_rms_norm(x, x[:1], w[:, 0]), ShapeError, "gate"),
         (lambda x, w: gated_rms_norm(x, x, w[:5, 0]), ShapeError, "weight"),
         (lambda x, w: gated_rms_norm(x, x, w[:, 0], 0.0), DomainError, "eps"),
         (lambda x, w: gated_rms_norm(x, x, w[:, 0], activation="relu"), FlagError, "activation"),
     ],
     ids=[
-        "three axes", "float64", "seventeen taps", "long tail", "half tail", "relu", "packed batch", "short offsets", "falling offsets",
+        "three axes", "float64", "seventeen taps", "long tail", "half tail", "elsewhere", "relu", "packed batch", "short offsets", "falling offsets",
         "too few slots", "short tails", "one gate", "short weight", "no eps", "relu of the norm",
     ],
 )  # fmt: skip
