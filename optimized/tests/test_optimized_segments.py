@@ -63,6 +63,24 @@ def test_a_cut_sequence_is_walked_three_times_and_a_whole_one_once(calls: Calls)
             assert [launch.name for launch in launches].count(WALK) == walks
 
 
+def test_maps_have_tiles_and_warps_of_their_own_and_give_the_same(calls: Calls) -> None:
+    case, programs = whole_and_packed(calls, torch.bfloat16)[0]
+    alike = in_pieces(programs)
+    other = alike | {WALK: [rule | {"block_v": 32, "map_block_v": 16, "map_warps": 1} for rule in alike[WALK]]}
+    with using(alike):
+        one = evaluate(case)
+    with using(other):
+        two = evaluate(case)
+        with recorded() as launches:
+            evaluate(case)
+    walks = [launch for launch in launches if launch.name == WALK]
+    assert [launch.arguments["BV"] for launch in walks] == [16, 16, 32]
+    assert [launch.options["num_warps"] for launch in walks][:2] == [1, 1]
+    assert walks[2].options["num_warps"] == alike[WALK][0]["num_warps"]
+    assert relative_error(two.o, one.o) < OUTPUT_LIMIT[torch.bfloat16]
+    assert relative_error(state_of(two), state_of(one)) < STATE_LIMIT[torch.bfloat16]
+
+
 def test_a_later_token_changes_no_bit_before_it_across_segments(calls: Calls) -> None:
     case, programs = whole_and_packed(calls, torch.bfloat16)[0]
     for token in (40, 64, 70):
