@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kda_reference.contract import KdaInputs
     from torch import Tensor
 
+    from kda_optimized.launch_config import LaunchConfig
+
 SPANS = (64, 32, 16)
 # A cut sequence is walked twice more in either direction and once for both: fewer pieces do not pay.
 LEAST_PIECES = 4
@@ -260,6 +262,10 @@ class Walks:
 
     def states(self, start: Tensor | None, end: Tensor | None, walked: Walked, **changes: Any) -> None:  # noqa: ANN401 - a kernel's arguments
         """Walk from the state ``start``, or from zero, to the state ``end``; fill in what is asked for of ``walked``."""
+        config = self.run.call.config(kda_chunk_bwd_states_kernel)
+        if walked is NOTHING:
+            # Scales belong to tiles, and so all tiles are alike, only where something is kept.
+            config = config.for_maps()
         arguments = {
             **self._shared(walked.states.values), **self.run.call.tensors("v"), "solve": self.solve,
             **walked.states.arguments("states", "state_scales"), **walked.errors.arguments("errors", "error_scales"),
@@ -267,7 +273,8 @@ class Walks:
             "final_state": end, **self._strides("f", end), "HAS_FINAL": end is not None,
             "IDENTITY": False, "HAS_VALUES": True, "HAS_ERRORS": walked.errors.values is not None, **changes,
         }  # fmt: skip
-        self._start(kda_chunk_bwd_states_kernel, arguments)
+        arguments["BV"] = tile(config.block_v, self.run.call.sizes["V"])
+        self._start(kda_chunk_bwd_states_kernel, arguments, config)
 
     def back(self, end: Tensor | None, start: Tensor | None, walked: Walked, dv: Tensor | None) -> None:
         """Walk from the cotangent of the state ``end``, or from zero, to that of ``start``; fill in what is asked for of the others."""
@@ -280,7 +287,7 @@ class Walks:
             "HAS_PULLED": walked.pulled.values is not None,
             "WHOLE": self.run.do is not None and self.run.do.dtype == torch.bfloat16 and not self.run.call.exact,
         }  # fmt: skip
-        self._start(kda_chunk_bwd_walk_kernel, arguments)
+        self._start(kda_chunk_bwd_walk_kernel, arguments, self.run.call.config(kda_chunk_bwd_walk_kernel))
 
     def _shared(self, states: Tensor | None) -> dict[str, Any]:
         run, call, pieces = self.run, self.run.call, self.pieces
@@ -300,10 +307,10 @@ class Walks:
     def _strides(self, letter: str, state: Tensor | None) -> dict[str, int]:
         return self.run.call.state_strides(letter, state) if self.pieces is None else strides(letter, "ngkv", state)
 
-    def _start(self, kernel: Any, arguments: dict[str, Any]) -> None:  # noqa: ANN401 - a Triton function
+    def _start(self, kernel: Any, arguments: dict[str, Any], config: LaunchConfig) -> None:  # noqa: ANN401 - a Triton function
         call = self.run.call
         count = call.inputs.num_sequences if self.pieces is None else self.pieces.num_segments
-        call.start(kernel, count * call.sizes["G"] * -(-arguments["V"] // arguments["BV"]), arguments)
+        call.start(kernel, count * call.sizes["G"] * -(-arguments["V"] // arguments["BV"]), arguments, config)
 
 
 def _written(run: Backward, found: dict[str, Tensor], staged: int | None) -> dict[str, Tensor]:

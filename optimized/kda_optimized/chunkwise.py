@@ -188,9 +188,10 @@ class Call:
             "BK": padded(self.sizes["K"]), "EXACT": self.exact,
         }  # fmt: skip
 
-    def start(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:  # noqa: ANN401
-        """Submit a launch with the options of the launch table."""
-        submit(Launch(kernel=kernel, programs=programs, arguments=arguments, options=self.config(kernel).options()))
+    def start(self, kernel: Any, programs: int, arguments: dict[str, Any], config: LaunchConfig | None = None) -> None:  # noqa: ANN401
+        """Submit a launch with the options of the launch table, or with those of another ``config``."""
+        options = (config or self.config(kernel)).options()
+        submit(Launch(kernel=kernel, programs=programs, arguments=arguments, options=options))
 
 
 def chunk_forward(inputs: KdaInputs) -> tuple[Tensor, Tensor | None]:
@@ -238,9 +239,12 @@ def _walk(
     }  # fmt: skip
     whole = "cu_seqlens" not in changes
     arguments |= call.state_strides("f", final_state) if whole else strides("f", "ngkv", final_state)
-    arguments["BV"] = tile(call.config(kda_chunk_fwd_walk_kernel).block_v, arguments["V"])
+    config = call.config(kda_chunk_fwd_walk_kernel)
+    if o is None:
+        config = config.for_maps()
+    arguments["BV"] = tile(config.block_v, arguments["V"])
     tiles = -(-arguments["V"] // arguments["BV"])
-    call.start(kda_chunk_fwd_walk_kernel, programs * call.sizes["G"] * tiles, arguments)
+    call.start(kda_chunk_fwd_walk_kernel, programs * call.sizes["G"] * tiles, arguments, config)
 
 
 def prepare(call: Call) -> Prepared:

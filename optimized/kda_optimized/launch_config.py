@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,6 +24,7 @@ Table: TypeAlias = dict[str, list[dict[str, Any]]]
 DEFAULT = "default"
 INTERPRETER = "interpreter"
 SMALLEST_TILE = 16
+OPTIONAL = ("block_k", "block_v", "block_t", "max_registers", "programs", "least_chunks", "map_warps", "map_block_v")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,8 @@ class LaunchConfig:
         Programs below which sequences are cut into segments, or tiles made narrower, so that the device is not left idle; 0 never does.
     least_chunks
         Chunks of the shortest segment worth a walk of its own.
+    map_warps, map_block_v
+        Warps and value channels of the walks that only give the map and the shift of a segment; ``None`` as in the others.
     """
 
     num_warps: int
@@ -52,6 +55,12 @@ class LaunchConfig:
     max_registers: int | None = None
     programs: int = 0
     least_chunks: int = 1
+    map_warps: int | None = None
+    map_block_v: int | None = None
+
+    def for_maps(self) -> LaunchConfig:
+        """Return how the walks are launched that make no outputs."""
+        return replace(self, num_warps=self.map_warps or self.num_warps, block_v=self.map_block_v or self.block_v)
 
     def options(self) -> dict[str, int]:
         """Return what Triton takes at launch."""
@@ -119,11 +128,7 @@ def choose(rules: list[dict[str, Any]], operand_bytes: int, width: int) -> Launc
     """
     for rule in rules:
         if fits(rule, operand_bytes, width):
-            others = {
-                name: rule[name]
-                for name in ("block_k", "block_v", "block_t", "max_registers", "programs", "least_chunks")
-                if name in rule
-            }
+            others = {name: rule[name] for name in OPTIONAL if name in rule}
             return LaunchConfig(num_warps=rule["num_warps"], num_stages=rule["num_stages"], **others)
     message = (
         f"the launch table must cover operands of {operand_bytes} bytes at width {width}, got {rules}; "

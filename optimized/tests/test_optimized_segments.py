@@ -111,6 +111,30 @@ def test_a_cut_sequence_is_walked_back_twice_and_forth_only_for_what_is_asked_fo
             assert (names.count(STATES), names.count(BACK)) == walks
 
 
+def test_maps_have_tiles_and_warps_of_their_own_and_give_the_same(calls: Calls) -> None:
+    case, programs = whole_and_packed(calls, torch.bfloat16)[0]
+    case = case.replace(chunk_size=16)
+    do, dfinal = cotangents(case, calls)
+    alike = {kernel: [rule | {"block_v": 32} for rule in rules] for kernel, rules in in_pieces(programs).items()}
+    narrow = {
+        kernel: [rule | {"map_block_v": 16, "map_warps": 1} for rule in alike[kernel]] for kernel in (WALK, STATES)
+    }
+    with using(alike):
+        one, one_back = differentiate(case, do, dfinal)
+    with using(alike | narrow), recorded() as launches:
+        differentiate(case, do, dfinal)
+    with using(alike | narrow):
+        two, two_back = differentiate(case, do, dfinal)
+    for kernel in (WALK, STATES):
+        walks = [launch for launch in launches if launch.name == kernel]
+        assert [launch.arguments["BV"] for launch in walks] == [16, 16, 32]
+        assert [launch.options["num_warps"] for launch in walks] == [1, 1, alike[kernel][0]["num_warps"]]
+    assert relative_error(two.o, one.o) < OUTPUT_LIMIT[torch.bfloat16]
+    assert relative_error(state_of(two), state_of(one)) < STATE_LIMIT[torch.bfloat16]
+    for name, gradient in one_back.items():
+        assert relative_error(two_back[name], gradient) < OUTPUT_LIMIT[torch.bfloat16], name
+
+
 def test_a_gradient_does_not_depend_on_which_others_are_asked_for_across_segments(calls: Calls) -> None:
     case, programs = whole_and_packed(calls, torch.bfloat16)[0]
     short = case.replace(chunk_size=16)
