@@ -119,6 +119,7 @@ def kda_decode_step(
     ----------
     [KL] Kimi Linear technical report, Eq. (1).
     """
+    A_log, dt_bias = (None if tensor is None else tensor.contiguous() for tensor in (A_log, dt_bias))
     inputs = KdaInputs(
         q=q, k=k, v=v, g=g, beta=beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
@@ -138,8 +139,7 @@ def kda_decode_step(
         message = f"snapshot_every must be positive, got {snapshot_every}; 64 is the usual choice"
         raise DomainError(message)
 
-    call = Call.of(inputs)
-    x = call.inputs
+    call = Call(inputs, exact=q.dtype == torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=q.device)
     layout = "sgvk" if state_v_first else "sgkv"
     bv, programs, options = _tiles(call, num_rows)
@@ -151,7 +151,7 @@ def kda_decode_step(
         **start,
         "snapshot_indices": snapshot_indices, **strides("m", "nw", snapshot_indices), "HAS_SNAPSHOTS": snapshot_indices is not None,
         "snapshot_every": snapshot_every, "num_snapshots": 0 if snapshot_indices is None else snapshot_indices.shape[1],
-        "num_read_slots": state.shape[0], "num_slots": target.shape[0], "scale": x.effective_scale, "T": q.shape[1], "N": num_rows,
+        "num_read_slots": state.shape[0], "num_slots": target.shape[0], "scale": inputs.effective_scale, "T": q.shape[1], "N": num_rows,
         "BK": padded(call.sizes["K"]), "BV": bv, "USE_L2NORM": use_qk_l2norm_in_kernel,
     }  # fmt: skip
     submit(Launch(kernel=kda_decode_step_kernel, programs=programs, arguments=arguments, options=options))
