@@ -195,8 +195,11 @@ def layer_catalogue(device: str) -> tuple[LayerWorkload, ...]:
     steps = [LayerWorkload(part=CONVOLUTION_STEP, T=1, B=rows, width=CHANNELS) for rows in (1, 8, 64, 256)]
     lengths = ((1, 2**12), (1, 2**16), (1, 2**20), (8, 2**16), (64, 2**14), (256, 2**11))
     attended = [LayerWorkload(part=LATENTS, T=length, B=rows, H=32, width=RANK) for rows, length in lengths]
+    convolution = LayerWorkload(part=CONVOLUTION, T=16384, width=CHANNELS)
+    norm = LayerWorkload(part=NORM, T=16384, H=32, width=128)
     return (
-        *_both(LayerWorkload(part=CONVOLUTION, T=16384, width=CHANNELS)),
-        *_both(LayerWorkload(part=NORM, T=16384, H=32, width=128)),
+        *_both(convolution),
+        *_both(norm),
+        *(replace(workload, graph=True) for workload in (convolution, norm)),
         *map(_graph, (*steps, *attended)),
     )

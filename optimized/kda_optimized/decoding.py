@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,15 @@ from kda_optimized.arguments import INTEGERS, check_tensor, num_packed
 from kda_optimized.checks import check_support
 from kda_optimized.chunkwise import Call
 from kda_optimized.decode_step import kda_decode_step_kernel
-from kda_optimized.launch import strides
-from kda_optimized.launch_config import padded
+from kda_optimized.launch import Launch, strides, submit
+from kda_optimized.launch_config import padded, tile
 from kda_optimized.slots import slots_of, starts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-NARROWEST_TILE = 8
+NARROWEST_TILE = 16
 
 
 def kda_decode_step(
@@ -118,6 +119,7 @@ def kda_decode_step(
     ----------
     [KL] Kimi Linear technical report, Eq. (1).
     """
+    A_log, dt_bias = (None if tensor is None else tensor.contiguous() for tensor in (A_log, dt_bias))
     inputs = KdaInputs(
         q=q, k=k, v=v, g=g, beta=beta, scale=scale, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel,
@@ -137,11 +139,10 @@ def kda_decode_step(
         message = f"snapshot_every must be positive, got {snapshot_every}; 64 is the usual choice"
         raise DomainError(message)
 
-    call = Call.of(inputs)
-    x = call.inputs
+    call = Call(inputs, exact=q.dtype == torch.float32)
     o = torch.empty(v.shape, dtype=v.dtype, device=q.device)
     layout = "sgvk" if state_v_first else "sgkv"
-    bv, programs = _tiles(call, num_rows)
+    bv, programs, options = _tiles(call, num_rows)
     arguments: dict[str, Any] = {
         **call.tensors("q", "k", "v", "g", "beta"), **call.gate(), **call.strength(), **call.sizes,
         "state": state, **strides("s", layout, state), "final_state": target, **strides("f", layout, target), "o": o,
@@ -150,17 +151,20 @@ def kda_decode_step(
         **start,
         "snapshot_indices": snapshot_indices, **strides("m", "nw", snapshot_indices), "HAS_SNAPSHOTS": snapshot_indices is not None,
         "snapshot_every": snapshot_every, "num_snapshots": 0 if snapshot_indices is None else snapshot_indices.shape[1],
-        "num_read_slots": state.shape[0], "num_slots": target.shape[0], "scale": x.effective_scale, "T": q.shape[1], "N": num_rows,
+        "num_read_slots": state.shape[0], "num_slots": target.shape[0], "scale": inputs.effective_scale, "T": q.shape[1], "N": num_rows,
         "BK": padded(call.sizes["K"]), "BV": bv, "USE_L2NORM": use_qk_l2norm_in_kernel,
     }  # fmt: skip
-    call.start(kda_decode_step_kernel, programs, arguments)
+    submit(Launch(kernel=kda_decode_step_kernel, programs=programs, arguments=arguments, options=options))
     return o, target
 
 
-def _tiles(call: Call, num_rows: int) -> tuple[int, int]:
-    """Return the value channels of a tile, narrowed until there are programs for the whole device, and the number of programs."""
+def _tiles(call: Call, num_rows: int) -> tuple[int, int, dict[str, int]]:
+    """Return the value channels of a tile, narrowed until there are programs for the whole device, their number, and launch options.
+
+    A narrower tile has fewer warps in proportion.
+    """
     config, heads, width = call.config(kda_decode_step_kernel), num_rows * call.sizes["G"], call.sizes["V"]
-    bv = padded(width) if config.block_v is None else min(config.block_v, padded(width))
+    bv, warps = tile(config.block_v, width), config.num_warps
     while bv > NARROWEST_TILE and heads * -(-width // bv) < config.programs:
-        bv //= 2
-    return bv, heads * -(-width // bv)
+        bv, warps = bv // 2, max(warps // 2, 1)
+    return bv, heads * -(-width // bv), replace(config, num_warps=warps).options()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from kda_reference.errors import DomainError, FlagError
 from kda_optimized.arguments import FLOATS, check_tensor
 from kda_optimized.interpreter import check_device
 from kda_optimized.launch import Launch, strides, submit
-from kda_optimized.launch_config import config_of, padded
+from kda_optimized.launch_config import LaunchConfig, config_of, padded
 from kda_optimized.norm_kernels import kda_norm_bwd_kernel, kda_norm_fwd_kernel
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("sigmoid", "swish")
 MOST_CHANNELS = 8192
-# Elements of a tile; a tile has at least one row.
-TILE = 4096
+# Elements of a tile, which has at least one row, and the most that a warp takes.
+TILE_FORWARD, TILE_BACKWARD = 1024, 256
+MOST_OF_A_WARP = 512
 # The launch table knows head widths up to this.
 WIDEST = 256
 
@@ -95,8 +97,8 @@ class _GatedNorm(torch.autograd.Function):
 def norm_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, swish: bool) -> Tensor:
     """Return the result of a checked call."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs, arguments = _arguments(x, gate, weight, eps, swish=swish)
-    _start(kda_norm_fwd_kernel, x, programs, arguments | {"y": y})
+    tiles, arguments = _arguments(TILE_FORWARD, x, gate, weight, eps, swish=swish)
+    _start(kda_norm_fwd_kernel, x, tiles, arguments | {"y": y})
     return y
 
 
@@ -105,19 +107,29 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, gate and weight."""
     dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (x, gate))
-    programs, arguments = _arguments(x, gate, weight, eps, swish=swish)
+    tiles, arguments = _arguments(TILE_BACKWARD, x, gate, weight, eps, swish=swish)
+    programs = min(tiles, _config(kda_norm_bwd_kernel, x).programs)
     parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
     rows = dy.reshape(-1, dy.shape[-1])
-    arguments |= {"dy": rows, **strides("y", "rd", rows), "dx": dx, "dgate": dgate, "dweight": parts}
+    arguments |= {
+        "dy": rows,
+        **strides("y", "rd", rows),
+        "dx": dx,
+        "dgate": dgate,
+        "dweight": parts,
+        "num_programs": programs,
+    }
     _start(kda_norm_bwd_kernel, x, programs, arguments)
     return dx, dgate, parts.sum(0).to(weight.dtype)
 
 
-def _arguments(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, swish: bool) -> tuple[int, dict[str, Any]]:
-    """Return the number of programs and the arguments that both kernels take."""
+def _arguments(
+    elements: int, x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, swish: bool
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of tiles and the arguments that both kernels take."""
     channels = x.shape[-1]
     flat_x, flat_gate = x.reshape(-1, channels), gate.reshape(-1, channels)
-    rows = max(1, TILE // padded(channels))
+    rows = max(1, elements // padded(channels))
     return -(-flat_x.shape[0] // rows), {
         "x": flat_x, **strides("x", "rd", flat_x), "gate": flat_gate, **strides("g", "rd", flat_gate),
         "weight": weight, **strides("w", "d", weight), "eps": eps, "num_rows": flat_x.shape[0],
@@ -125,6 +137,12 @@ def _arguments(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, swish: bo
     }  # fmt: skip
 
 
-def _start(kernel: Any, x: Tensor, programs: int, arguments: dict[str, Any]) -> None:  # noqa: ANN401 - a Triton function
+def _config(kernel: Any, x: Tensor) -> LaunchConfig:  # noqa: ANN401 - a Triton function
+    """Return how a kernel is launched; rows that are wider than a warp's share have more warps."""
     config = config_of(kernel.__name__, x.device, x.dtype.itemsize, min(padded(x.shape[-1]), WIDEST))
-    submit(Launch(kernel=kernel, programs=programs, arguments=arguments, options=config.options()))
+    return replace(config, num_warps=max(config.num_warps, padded(x.shape[-1]) // MOST_OF_A_WARP))
+
+
+def _start(kernel: Any, x: Tensor, programs: int, arguments: dict[str, Any]) -> None:  # noqa: ANN401 - a Triton function
+    options = _config(kernel, x).options()
+    submit(Launch(kernel=kernel, programs=programs, arguments=arguments, options=options))

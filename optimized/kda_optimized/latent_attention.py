@@ -15,7 +15,7 @@ from kda_optimized.arguments import FLOATS, INTEGERS, check_tensor
 from kda_optimized.interpreter import check_device
 from kda_optimized.latent_kernels import kda_latent_join_kernel, kda_latent_part_kernel
 from kda_optimized.launch import Launch, strides, submit
-from kda_optimized.launch_config import config_of, padded, tile
+from kda_optimized.launch_config import SMALLEST_TILE, config_of, padded, tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def latent_decode(
     Notes
     -----
     Scores, weights and sums are float32; 16-bit inputs round the weights to q's dtype for the second product. A row's length is cut
-    into equal parts, as many as fill the device at the table's full capacity, and the parts are joined: lengths and table are
+    into equal parts, as many as the device runs at once at the table's full capacity, and the parts are joined: lengths and table are
     read on the device, so a CUDA graph replays with others. What lies in a page behind a row's last token is never read as a value.
 
     References
@@ -83,15 +83,15 @@ def latent_decode(
     page_len, capacity = pages.shape[1], table.shape[1] * pages.shape[1]
     block_h = min(padded(heads), MOST_HEADS_OF_A_TILE)
     groups = rows * -(-heads // block_h)
-    splits = max(1, min(-(-config.programs // groups), -(-capacity // config.block_t)))
+    splits = max(1, min(config.programs // groups, -(-capacity // config.block_t)))
     parts = torch.empty(rows, heads, splits, latent_width, dtype=torch.float32, device=q.device)
     lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
     arguments: dict[str, Any] = {
         "q": q, **strides("q", "nhc", q), "pages": pages, **strides("p", "nlc", pages), "table": table, **strides("t", "nw", table),
         "lengths": lengths, **strides("l", "n", lengths), "parts": parts, "lse": lse, "scale": float(scale),
         "num_pages": pages.shape[0], "capacity": capacity, "num_splits": splits, "H": heads, "R": latent_width,
-        "P": width - latent_width, "PAGE": page_len, "BH": block_h, "BR": padded(latent_width),
-        "BP": padded(max(width - latent_width, 1)), "BL": config.block_t, "EXACT": q.dtype == torch.float32,
+        "P": width - latent_width, "PAGE": page_len, "BH": block_h, "BR": max(padded(latent_width), 2 * SMALLEST_TILE),
+        "BP": padded(max(width - latent_width, 1)), "BL": config.block_t,
     }  # fmt: skip
     submit(
         Launch(kernel=kda_latent_part_kernel, programs=groups * splits, arguments=arguments, options=config.options())

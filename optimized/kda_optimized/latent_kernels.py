@@ -28,7 +28,7 @@ def kda_latent_part_kernel(
     q, pages, table, lengths, parts, lse, stride_qn, stride_qh, stride_qc, stride_pn, stride_pl, stride_pc, stride_tn, stride_tw, stride_ln,
     scale, num_pages, capacity, num_splits,
     H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
-    BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, EXACT: tl.constexpr,
+    BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Attend to one part of one row's tokens with BH of its heads."""
     NH: tl.constexpr = (H + BH - 1) // BH
@@ -40,16 +40,21 @@ def kda_latent_part_kernel(
     part = (length + num_splits * BL - 1) // (num_splits * BL) * BL
     first = i_s * part
     last = tl.minimum(first + part, length)
-    o_r = tl.arange(0, BR)
     o_p = tl.arange(0, BP)
     m_h = o_h < H
     p_q = q + i_n * stride_qn + o_h[:, None] * stride_qh
-    b_q = tl.load(p_q + o_r[None, :] * stride_qc, mask=m_h[:, None] & (o_r < R)[None, :], other=0.0)
+    # The two halves of the channels are two chains of products, so that one does not wait for the other.
+    o_cl = tl.arange(0, BR // 2)
+    o_cr = BR // 2 + o_cl
+    b_ql = tl.load(p_q + o_cl[None, :] * stride_qc, mask=m_h[:, None] & (o_cl < R)[None, :], other=0.0)
+    b_qr = tl.load(p_q + o_cr[None, :] * stride_qc, mask=m_h[:, None] & (o_cr < R)[None, :], other=0.0)
     b_qs = tl.load(p_q + (R + o_p)[None, :] * stride_qc, mask=m_h[:, None] & (o_p < P)[None, :], other=0.0)
     p_t = table + i_n * stride_tn
     b_m = tl.full((BH,), float("-inf"), dtype=tl.float32)
-    b_l = tl.zeros((BH,), dtype=tl.float32)
-    b_acc = tl.zeros((BH, BR), dtype=tl.float32)
+    # Summed over the tokens of a tile at the end only: a sum crosses warps.
+    b_lt = tl.zeros((BH, BL), dtype=tl.float32)
+    b_accl = tl.zeros((BH, BR // 2), dtype=tl.float32)
+    b_accr = tl.zeros((BH, BR // 2), dtype=tl.float32)
     # A tile that lies in one page is looked up once, ahead of the loads that wait for it.
     WITHIN: tl.constexpr = PAGE % BL == 0
     o_x = tl.arange(0, BL) * stride_pl
@@ -65,28 +70,28 @@ def kda_latent_part_kernel(
             i_p = page_of(p_t, o_l, m_l, num_pages, stride_tw, PAGE)
             p_x = pages + (tl.maximum(i_p, 0) * stride_pn + (o_l % PAGE) * stride_pl)[:, None]
         m_x = m_l & (i_p >= 0)
-        b_c = tl.load(p_x + o_r[None, :] * stride_pc, mask=m_x[:, None] & (o_r < R)[None, :], other=0.0)
+        b_cl = tl.load(p_x + o_cl[None, :] * stride_pc, mask=m_x[:, None] & (o_cl < R)[None, :], other=0.0)
+        b_cr = tl.load(p_x + o_cr[None, :] * stride_pc, mask=m_x[:, None] & (o_cr < R)[None, :], other=0.0)
         b_s = tl.load(p_x + (R + o_p)[None, :] * stride_pc, mask=m_x[:, None] & (o_p < P)[None, :], other=0.0)
-        if EXACT:
-            b_z = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
-            b_z = tl.dot(b_qs, tl.trans(b_s), b_z, input_precision="ieee")
-        else:
-            b_z = tl.dot(b_qs, tl.trans(b_s), tl.dot(b_q, tl.trans(b_c)))
-        b_z = tl.where(m_l[None, :], b_z * (scale * LOG2_E), float("-inf"))
+        # Scaled before they are added: a plain sum would be made one chain again.
+        b_zl = tl.dot(b_ql, tl.trans(b_cl), input_precision="ieee") * (scale * LOG2_E)
+        b_zr = tl.dot(b_qr, tl.trans(b_cr), input_precision="ieee")
+        b_zr = tl.dot(b_qs, tl.trans(b_s), b_zr, input_precision="ieee") * (scale * LOG2_E)
+        b_z = tl.where(m_l[None, :], b_zl + b_zr, float("-inf"))
         b_next = tl.maximum(b_m, tl.max(b_z, axis=1))
         b_decay = tl.exp2(b_m - b_next)
         b_e = tl.exp2(b_z - b_next[:, None])
-        b_l = b_l * b_decay + tl.sum(b_e, axis=1)
-        b_acc = b_acc * b_decay[:, None]
-        if EXACT:  # noqa: SIM108 - decided when the kernel is compiled
-            b_acc = tl.dot(b_e, b_c, b_acc, input_precision="ieee")
-        else:
-            b_acc = tl.dot(b_e.to(b_c.dtype), b_c, b_acc)
+        b_lt = b_lt * b_decay[:, None] + b_e
+        b_e = b_e.to(b_cl.dtype)
+        b_accl = tl.dot(b_e, b_cl, b_accl * b_decay[:, None], input_precision="ieee")
+        b_accr = tl.dot(b_e, b_cr, b_accr * b_decay[:, None], input_precision="ieee")
         b_m = b_next
+    b_l = tl.sum(b_lt, axis=1)
     i_o = (i_n * H + o_h).to(tl.int64) * num_splits + i_s
     # A part without tokens has weight zero, and its sums are never read; one that holds NaN must not look like that.
     tl.store(lse + i_o, tl.where(b_l == 0, float("-inf"), b_m + tl.log2(b_l)), mask=m_h)
-    tl.store(parts + i_o[:, None] * R + o_r[None, :], b_acc / b_l[:, None], mask=m_h[:, None] & (o_r < R)[None, :])
+    tl.store(parts + i_o[:, None] * R + o_cl[None, :], b_accl / b_l[:, None], mask=m_h[:, None] & (o_cl < R)[None, :])
+    tl.store(parts + i_o[:, None] * R + o_cr[None, :], b_accr / b_l[:, None], mask=m_h[:, None] & (o_cr < R)[None, :])
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,4 +126,9 @@ def beside(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
 def strides(letter: str, axes: str, tensor: Tensor | None) -> dict[str, int]:
     """Return a tensor's strides as kernel arguments, ``stride_qb`` and so on; zeros for an absent tensor."""
     values = (0,) * len(axes) if tensor is None else tensor.stride()
-    return {f"stride_{letter}{axis}": value for axis, value in zip(axes, values, strict=True)}
+    return dict(zip(_stride_names(letter, axes), values, strict=True))
+
+
+@cache
+def _stride_names(letter: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"stride_{letter}{axis}" for axis in axes)

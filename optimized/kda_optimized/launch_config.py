@@ -1,8 +1,8 @@
 """The launch table: warps, pipeline stages and tile widths, one file per architecture in ``configs/``.
 
-A file is named after an architecture, ``sm_90.json``; ``default.json`` serves every other one, and ``interpreter.json`` the CPU. It maps
-a kernel's name to a list of rules, the first of which that fits is taken: it fits when the operands of matrix products have at most
-``max_operand_bytes`` bytes and the padded head widths are at most ``max_width`` channels.
+A file is named after an architecture, ``sm_90.json``; ``default.json`` serves every other one, and kernels that such a file does not name;
+``interpreter.json`` serves the CPU. It maps a kernel's name to a list of rules, the first of which that fits is taken: it fits when the
+operands of matrix products have at most ``max_operand_bytes`` bytes and the padded head widths are at most ``max_width`` channels.
 Nothing is tuned while a user waits; ``python -m kda_optimized.tune`` writes a file.
 """
 
@@ -41,6 +41,7 @@ class LaunchConfig:
         Registers a thread may have, so that more programs share a multiprocessor; ``None`` leaves it to the compiler.
     programs
         Programs below which sequences are cut into segments, or tiles made narrower, so that the device is not left idle; 0 never does.
+        Where programs share equal pieces of work, how many do at most.
     least_chunks
         Chunks of the shortest segment worth a walk of its own.
     map_warps, map_block_v
@@ -79,11 +80,11 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def table(name: str) -> Table:
-    """Return the rules of an architecture by kernel name, those of ``default`` where it has no file."""
+    """Return the rules of an architecture by kernel name, those of ``default`` where its file has none."""
     folder = files("kda_optimized").joinpath("configs")
-    own = folder.joinpath(f"{name}.json")
-    found: Table = json.loads((own if own.is_file() else folder.joinpath(f"{DEFAULT}.json")).read_text())
-    return found
+    default, own = (folder.joinpath(f"{file}.json") for file in (DEFAULT, name))
+    found: Table = json.loads(default.read_text())
+    return found | json.loads(own.read_text()) if own.is_file() else found
 
 
 _in_place: list[Table] = []

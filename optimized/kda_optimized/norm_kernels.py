@@ -5,7 +5,7 @@
 
     h = act(g) w dy        dx = r (h - u mean(h u))        dg = act'(g) w u dy        dw = sum over rows of act(g) u dy
 
-A tile is a few whole rows.
+A tile is a few whole rows. Backward, a program takes many tiles: the sum of the programs' rows for the weight is a kernel of its own.
 """
 
 import triton
@@ -16,8 +16,8 @@ from kda_optimized.activations import sigmoid, sigmoid_and_slope
 
 @triton.jit
 def load_rows(p_x, o_r, o_d, m_rd, stride_r, stride_d):
-    """Load ``[BR, BD]`` in float32, zero off the mask."""
-    return tl.load(p_x + o_r[:, None] * stride_r + o_d[None, :] * stride_d, mask=m_rd, other=0.0).to(tl.float32)
+    """Load ``[BR, BD]``, zero off the mask."""
+    return tl.load(p_x + o_r[:, None] * stride_r + o_d[None, :] * stride_d, mask=m_rd, other=0.0)
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def kda_norm_fwd_kernel(
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD).to(tl.int64)
     m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
-    b_x = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd)
-    b_g = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd)
+    b_x = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd).to(tl.float32)
+    b_g = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd).to(tl.float32)
     b_w = tl.load(weight + o_d * stride_wd, mask=o_d < D, other=0.0).to(tl.float32)
     b_r = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / D + eps)
     b_act = sigmoid(b_g)
@@ -42,28 +42,40 @@ def kda_norm_fwd_kernel(
 
 @triton.jit
 def kda_norm_bwd_kernel(
-    x, gate, weight, dy, dx, dgate, dweight, stride_xr, stride_xd, stride_gr, stride_gd, stride_wd, stride_yr, stride_yd, eps, num_rows,
+    x, gate, weight, dy, dx, dgate, dweight, stride_xr, stride_xd, stride_gr, stride_gd, stride_wd, stride_yr, stride_yd,
+    eps, num_rows, num_programs,
     D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, SWISH: tl.constexpr,
 ):  # fmt: skip
-    """Pull BR rows back; what they add to the weight's gradient has a row of its own."""
+    """Pull every num_programs-th tile of BR rows back; what they add to the weight's gradient has a row of its own."""
     i_p = tl.program_id(0).to(tl.int64)
-    o_r = i_p * BR + tl.arange(0, BR)
     o_d = tl.arange(0, BD).to(tl.int64)
-    m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
-    b_x = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd)
-    b_g = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd)
-    b_dy = load_rows(dy, o_r, o_d, m_rd, stride_yr, stride_yd)
     b_w = tl.load(weight + o_d * stride_wd, mask=o_d < D, other=0.0).to(tl.float32)
-    b_r = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / D + eps)
-    b_u = b_x * b_r[:, None]
-    b_s, b_slope = sigmoid_and_slope(b_g)
-    if SWISH:
-        b_slope = b_s + b_g * b_slope
-        b_s = b_s * b_g
-    b_h = b_s * b_w[None, :] * b_dy
-    b_dx = b_r[:, None] * (b_h - b_u * (tl.sum(b_h * b_u, axis=1) / D)[:, None])
-    b_dg = b_slope * b_w[None, :] * b_u * b_dy
-    p_rd = o_r[:, None] * D + o_d[None, :]
-    tl.store(dx + p_rd, b_dx.to(dx.dtype.element_ty), mask=m_rd)
-    tl.store(dgate + p_rd, b_dg.to(dgate.dtype.element_ty), mask=m_rd)
-    tl.store(dweight + i_p * D + o_d, tl.sum(b_s * b_u * b_dy, axis=0), mask=o_d < D)
+    b_dw = tl.zeros((BR, BD), dtype=tl.float32)
+    o_r = i_p * BR + tl.arange(0, BR)
+    m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+    b_xn = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd)
+    b_gn = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd)
+    b_yn = load_rows(dy, o_r, o_d, m_rd, stride_yr, stride_yd)
+    for _ in range(i_p * BR, num_rows, num_programs * BR):
+        b_x, b_g, b_dy = b_xn.to(tl.float32), b_gn.to(tl.float32), b_yn.to(tl.float32)
+        p_rd, m_stored = o_r[:, None] * D + o_d[None, :], m_rd
+        # The next tile is under way while this one is worked on.
+        o_r += num_programs * BR
+        m_rd = (o_r < num_rows)[:, None] & (o_d < D)[None, :]
+        b_xn = load_rows(x, o_r, o_d, m_rd, stride_xr, stride_xd)
+        b_gn = load_rows(gate, o_r, o_d, m_rd, stride_gr, stride_gd)
+        b_yn = load_rows(dy, o_r, o_d, m_rd, stride_yr, stride_yd)
+        b_r = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / D + eps)
+        b_u = b_x * b_r[:, None]
+        b_s, b_slope = sigmoid_and_slope(b_g)
+        if SWISH:
+            b_slope = b_s + b_g * b_slope
+            b_s = b_s * b_g
+        b_t = b_u * b_dy
+        b_wt = b_w[None, :] * b_t
+        b_mean = tl.sum(b_s * b_wt, axis=1) / D
+        b_dx = b_r[:, None] * (b_s * b_w[None, :] * b_dy - b_u * b_mean[:, None])
+        tl.store(dx + p_rd, b_dx.to(dx.dtype.element_ty), mask=m_stored)
+        tl.store(dgate + p_rd, (b_slope * b_wt).to(dgate.dtype.element_ty), mask=m_stored)
+        b_dw += b_s * b_t
+    tl.store(dweight + i_p * D + o_d, tl.sum(b_dw, axis=0), mask=o_d < D)

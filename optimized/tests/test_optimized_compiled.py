@@ -87,7 +87,7 @@ def test_a_target_that_is_none_is_an_error(name: str) -> None:
         gpu_target(name)
 
 
-@pytest.mark.parametrize("name", ["default", "interpreter"])
+@pytest.mark.parametrize("name", ["default", "interpreter", "sm_90"])
 def test_launch_table_covers_every_call(name: str) -> None:
     for kernel, rules in table(name).items():
         for operand_bytes in (2, 4):

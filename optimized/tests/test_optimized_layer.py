@@ -256,8 +256,8 @@ def test_a_row_that_is_no_number_stays_alone(calls: Calls) -> None:
         (lambda x, w: gated_rms_norm(x, x, w[:, 0], activation="relu"), FlagError, "activation"),
     ],
     ids=[
-        "three axes", "float64", "seventeen taps", "long tail", "half tail", "elsewhere", "relu", "packed batch", "short offsets", "falling offsets",
-        "too few slots", "short tails", "one gate", "short weight", "no eps", "relu of the norm",
+        "three axes", "float64", "seventeen taps", "long tail", "half tail", "elsewhere", "relu", "packed batch", "short offsets",
+        "falling offsets", "too few slots", "short tails", "one gate", "short weight", "no eps", "relu of the norm",
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_by_name(call: Any, error: type[KdaError], word: str) -> None:
