@@ -8,7 +8,8 @@ With ``e`` the error, ``h`` half a unit in the last place of the tensor's dtype 
     score = max(z / 10, slice / 6, gain / 8)
 
 so that one wrong element, one weakly wrong channel and one uniformly wrong factor are each seen where they stand out.
-Any non-finite element scores infinity.
+A value beyond what the tensor's dtype holds is infinity in it, and so is what rounds to it: both sides are cut off where infinity begins.
+Any other non-finite element scores infinity.
 """
 
 from __future__ import annotations
@@ -94,17 +95,19 @@ def judge(name: str, got: Tensor, budget: TensorBudget, *, num_rounded: int = 1)
         How many of the two sides were rounded to ``got``'s dtype: 2 when both are results of an implementation.
     """
     axes = AXES[name]
-    value = budget.value
-    actual = got.detach().to(value.device).double()
+    infinity = _where_infinity_begins(got.dtype)
+    value = budget.value.clamp(-infinity, infinity)
+    actual = got.detach().to(value.device).double().clamp(-infinity, infinity)
     if value.numel() == 0:
         return Judgement(
             tensor=name, score=0.0, z=0.0, slice_z=0.0, gain=0.0, relative_error=0.0,
             index={}, got=0.0, expected=0.0, bound=0.0, ratio=value,
         )  # fmt: skip
-    finite = torch.isfinite(actual)
     half_ulp = 0.5 * num_rounded * unit_in_last_place(torch.maximum(actual.abs(), value.abs()), got.dtype)
     deviation = budget.variance.sqrt()
     error = actual - value
+    overflows = got.isinf().to(value.device) & (error.abs() <= Z_LIMIT * deviation + half_ulp)
+    finite = got.isfinite().to(value.device) | overflows
     z = torch.where(finite, (error.abs() - half_ulp).clamp(min=0) / deviation, torch.inf)
     flat = int(z.argmax())
     position = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), z.shape))
@@ -116,7 +119,8 @@ def judge(name: str, got: Tensor, budget: TensorBudget, *, num_rounded: int = 1)
         if length and budget.gain_rms:
             # The output's own rounding is no gain error. Comparing with the rounded value removes the part that equal
             # elements share; what is left is at most half a unit per element, at random.
-            along = float(((actual - value.to(got.dtype).double()) * direction).sum()) / length
+            rounded = value.to(got.dtype).double().clamp(-infinity, infinity)
+            along = float(((actual - rounded) * direction).sum()) / length
             rounding = float(((half_ulp * direction) ** 2).sum() / 3) ** 0.5 / length
             gain = abs(along) / math.hypot(budget.gain_rms, rounding)
         else:
@@ -138,6 +142,12 @@ def judge(name: str, got: Tensor, budget: TensorBudget, *, num_rounded: int = 1)
         bound=bound,
         ratio=z / Z_LIMIT,
     )
+
+
+def _where_infinity_begins(dtype: torch.dtype) -> float:
+    """Return the least number that rounds to infinity, half a unit above the largest finite one."""
+    largest = torch.finfo(dtype).max
+    return largest + 0.5 * float(unit_in_last_place(torch.tensor(largest, dtype=torch.float64), dtype))
 
 
 def unit_in_last_place(x: Tensor, dtype: torch.dtype) -> Tensor:
