@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SPANS = (64, 32, 16)
 # A cut sequence is walked twice more in either direction and once for both: fewer pieces do not pay.
-LEAST_PIECES = 4
+LEAST_PIECES = 5
 # Gradients that the last kernel makes, and those for which errors and pulled cotangents are needed.
 BY_CHANNEL = frozenset(("q", "k", "g", "A_log", "dt_bias"))
 BY_PAIR = BY_CHANNEL | {"beta"}

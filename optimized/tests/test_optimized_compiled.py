@@ -20,7 +20,8 @@ from kda_optimized.tune import applicable, candidates, written
 if TYPE_CHECKING:
     import torch
 
-MOST_SPILLED_BYTES = 288
+# The last kernel of the backward, 336 or 360 with the assembler: a tenth faster on an H200 than what spilled 216 before.
+MOST_SPILLED_BYTES = 368
 MOST_SHARED_BYTES = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
 PROGRAM = """
 import json, sys, torch
