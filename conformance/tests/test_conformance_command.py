@@ -77,5 +77,7 @@ def test_backwards_judges_the_same_calls_from_the_last_to_the_first(tmp_path: Pa
 def test_the_suite_needs_nothing_that_only_reports_do() -> None:
     only = ("altair", "duckdb", "jinja2", "ruptures", "scipy", "vl_convert", "kda_reports")
     # Numba, where it is installed, imports SciPy if it can: what counts is that nothing here has to be there.
-    program = f"import sys; sys.modules.update(dict.fromkeys({only})); import kda_conformance.cli, kda_conformance.plugin"
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({only})); import kda_conformance.cli, kda_conformance.plugin"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
