@@ -20,8 +20,9 @@ from kda_optimized.tune import applicable, candidates, written
 if TYPE_CHECKING:
     import torch
 
-# The last kernel of the backward, 336 or 360 with the assembler: a tenth faster on an H200 than what spilled 216 before.
-MOST_SPILLED_BYTES = 368
+MOST_SPILLED_BYTES = 288
+# 336 or 360 with the assembler: a tenth faster on an H200 than what spilled 216 before.
+MOST_SPILLED_BY_CHANNELS = 368
 MOST_SHARED_BYTES = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
 PROGRAM = """
 import json, sys, torch
@@ -65,7 +66,9 @@ def test_kernels_compile_and_fit(target: str, dtype: str, width: int) -> None:
     if dtype == "bfloat16":
         assert all(row["matrix_instructions"] for row in products), products
     if (target, dtype) == ("sm_90", "bfloat16"):
-        assert all(row["spilled_bytes"] <= MOST_SPILLED_BYTES for row in rows), rows
+        for row in rows:
+            by_channels = row["kernel"] == "kda_chunk_bwd_channels_kernel"
+            assert row["spilled_bytes"] <= (MOST_SPILLED_BY_CHANNELS if by_channels else MOST_SPILLED_BYTES), row
 
 
 def test_the_samples_meet_every_rule_of_the_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,8 +140,13 @@ def test_padding_and_the_slots_of_others_are_left_alone(calls: Calls, layout: di
         tokens = inputs.replace(**{name: getattr(inputs, name)[row : row + 1] for name in TOKENS})
         assert torch.equal(step(tokens, alone, [slot]), o[row : row + 1])
         assert torch.equal(alone[slot], pool[slot])
-        assert relative_error(step(tokens, packed_up, [slot]), o[row : row + 1]) < OUTPUT_LIMIT[torch.float32]
-        assert relative_error(packed_up[slot], pool[slot]) < STATE_LIMIT[torch.float32]
+        o_packed_up = step(tokens, packed_up, [slot])
+        if DEVICE == "cuda":
+            assert relative_error(o_packed_up, o[row : row + 1]) < OUTPUT_LIMIT[torch.float32]
+            assert relative_error(packed_up[slot], pool[slot]) < STATE_LIMIT[torch.float32]
+        else:
+            assert torch.equal(o_packed_up, o[row : row + 1])
+            assert torch.equal(packed_up[slot], pool[slot])
         pool[slot] = before[slot, 1, ..., ::2]
     assert torch.equal(memory.nan_to_num(7.0), before.nan_to_num(7.0))
 
